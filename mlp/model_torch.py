@@ -1,0 +1,263 @@
+"""Multilayer perceptron in PyTorch, with back-propagation and the optimizers also by hand.
+
+    x (B, n_in) -> [Linear -> activation] per hidden layer -> Linear -> z_L (B, n_out) -> loss
+
+Forward, for the layers k = 1 ... L, with a_0 = x:
+    z_k = a_{k-1} W_k^T + b_k        (B, n_k); W_k is (n_k, n_{k-1}), the way both frameworks store it
+    a_k = f(z_k)                     f is relu, sigmoid or tanh; the last layer has none
+Loss, the mean over the batch:
+    cross_entropy                    -log softmax(z_L)[y]                            y (B,) class numbers
+    binary_cross_entropy             -y log sigmoid(z_L) - (1 - y) log(1 - sigmoid(z_L))   y (B, 1) of 0 or 1
+    mse                              (z_L - y)^2                                     y (B, n_out)
+Backward, with delta_k = dloss/dz_k (B, n_k), by the chain rule from the last layer to the first:
+    delta_L     = (softmax(z_L) - onehot(y)) / B,  (sigmoid(z_L) - y) / B  or  2 (z_L - y) / (B n_out)
+    dloss/dW_k  = sum over the batch of the outer products delta_k (x) a_{k-1}  =  delta_k^T a_{k-1}
+    dloss/db_k  = sum over the batch of delta_k
+    delta_{k-1} = (delta_k W_k) * f'(z_{k-1})
+
+Rumelhart, Hinton and Williams 1986, "Learning representations by back-propagating errors", Nature 323.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    n_in: int = 2
+    hidden: tuple = (64, 64)  # width of each hidden layer; () is a linear model
+    n_out: int = 3
+    activation: str = "relu"  # relu, sigmoid or tanh
+    loss: str = "cross_entropy"  # cross_entropy, binary_cross_entropy or mse
+    optimizer: str = "adam"  # sgd, momentum or adam
+    grad: str = "autograd"  # autograd or by-hand
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        sizes = [config.n_in, *config.hidden, config.n_out]
+        self.layers = nn.ModuleList([nn.Linear(n, m) for n, m in zip(sizes, sizes[1:])])
+        self.activation = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}[config.activation]
+
+    def forward(self, x):
+        """x (B, n_in) -> z_L (B, n_out): logits, or the values themselves for mse."""
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
+
+
+def loss_fn(z, y, loss):
+    if loss == "cross_entropy":
+        return F.cross_entropy(z, y)
+    if loss == "binary_cross_entropy":
+        return F.binary_cross_entropy_with_logits(z, y)
+    return F.mse_loss(z, y)
+
+
+# ---- by hand: forward, backward ------------------------------------------------------------------------------------
+
+
+def activate(z, activation):
+    """f(z) and f'(z), both of z's shape."""
+    if activation == "relu":  # max(z, 0): slope 1 where z > 0, else 0
+        return torch.where(z > 0, z, 0.0), torch.where(z > 0, 1.0, 0.0)
+    if activation == "sigmoid":  # s = 1 / (1 + e^-z): e^-z / (1 + e^-z)^2 = s (1 - s), at most 1/4
+        s = 1 / (1 + torch.exp(-z))
+        return s, s * (1 - s)
+    t = torch.tanh(z)  # (e^z - e^-z) / (e^z + e^-z): slope 1 - t^2, at most 1
+    return t, 1 - t * t
+
+
+def loss_and_delta(z, y, loss):
+    """The mean loss, and delta_L = dloss/dz (B, n_out), from the last layer's z (B, n_out)."""
+    B, n_out = z.shape
+    if loss == "cross_entropy":
+        # -log softmax(z)[y] = log(sum e^z) - z[y]; the largest z is taken out first, so that no e^z overflows
+        z = z - z.amax(1, keepdim=True)
+        log_p = z - torch.log(torch.exp(z).sum(1, keepdim=True))
+        onehot = torch.eye(n_out, device=z.device)[y]
+        return -(onehot * log_p).sum() / B, (torch.exp(log_p) - onehot) / B
+    if loss == "binary_cross_entropy":
+        # -y log s - (1 - y) log(1 - s) = max(z, 0) - y z + log(1 + e^-|z|), which never overflows either
+        each = torch.where(z > 0, z, 0.0) - y * z + torch.log1p(torch.exp(-torch.abs(z)))
+        return each.sum() / B, (torch.sigmoid(z) - y) / B
+    return ((z - y) ** 2).sum() / (B * n_out), 2 * (z - y) / (B * n_out)
+
+
+def loss_and_grads_by_hand(model, x, y):
+    """The loss, and its gradient for every parameter: {name: array}. No autograd has a part in it."""
+    W, b = [layer.weight.detach() for layer in model.layers], [layer.bias.detach() for layer in model.layers]
+    L = len(W)
+    # forward: a[k] is the input of layer k + 1, slope[k] is f'(z) there; the way back needs both
+    a, slope = [x], [None]
+    for k in range(L - 1):
+        f, df = activate(a[k] @ W[k].T + b[k], model.config.activation)
+        a.append(f)
+        slope.append(df)
+    loss, delta = loss_and_delta(a[-1] @ W[-1].T + b[-1], y, model.config.loss)
+    # backward
+    grads = {}
+    for k in reversed(range(L)):
+        grads[f"layers.{k}.weight"] = delta.T @ a[k]  # sum_i delta[i] (x) a[i]: (n_out, B) @ (B, n_in)
+        grads[f"layers.{k}.bias"] = delta.sum(0)
+        if k > 0:
+            delta = (delta @ W[k]) * slope[k]  # (dloss/dz dz/da) da/dz, one layer further down
+    return loss, grads
+
+
+# ---- by hand: optimizers. p parameter, g gradient, m and v running moments (zeros at first), t = 1, 2, ... ----------
+
+
+def sgd(p, g, lr, t):
+    """Robbins & Monro 1951: downhill, against the gradient of a batch."""
+    return (p - lr * g,)
+
+
+def momentum(p, g, lr, t, m, beta=0.9):
+    """Polyak 1964: a ball that rolls down the loss and keeps the share beta of its speed m."""
+    m = beta * m + g
+    return p - lr * m, m
+
+
+def adam(p, g, lr, t, m, v, beta1=0.9, beta2=0.999, eps=1e-8):
+    """Kingma & Ba 2015. m and v start at 0; dividing by 1 - beta^t makes up for it."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+    return p - lr * m_hat / (v_hat**0.5 + eps), m, v
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def get_weights(model):
+    """Every parameter as numpy, {name: array}."""
+    return {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+
+
+def set_weights(model, weights):
+    """Put {name: numpy array} in place of the model's parameters."""
+    for name, p in model.named_parameters():
+        if weights[name].shape != tuple(p.shape):
+            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
+        p.data.copy_(torch.from_numpy(weights[name]))
+
+
+def init_weights(model, seed):
+    """Biases 0. Weights N(0, 2/n_in) for relu (He et al. 2015), else N(0, 2/(n_in + n_out)) (Glorot & Bengio 2010)."""
+    rng, weights = np.random.default_rng(seed), get_weights(model)
+    for name, w in sorted(weights.items()):
+        if name.endswith("weight"):
+            n_out, n_in = w.shape
+            variance = 2 / n_in if model.config.activation == "relu" else 2 / (n_in + n_out)
+            weights[name] = rng.normal(0, variance**0.5, w.shape)
+        else:
+            weights[name] = np.zeros(w.shape)
+    set_weights(model, weights)
+
+
+def devices():
+    """The devices that can be used here, the best first."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, there in found.items() if there]
+
+
+class Trainer:
+    """An MLP and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+
+    def __init__(self, config, seed=0, device=None):
+        self.config, self.device, self.t = config, device or devices()[0], 0
+        self.model = MLP(config).to(self.device)
+        init_weights(self.model, seed)
+        # what torch calls m and v; Adam's bias correction is always on
+        self.moments = {"sgd": [], "momentum": ["momentum_buffer"], "adam": ["exp_avg", "exp_avg_sq"]}[config.optimizer]
+        params = list(self.model.parameters())
+        if config.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(params, fused=True)
+        else:
+            self.optimizer = torch.optim.SGD(params, momentum=0.9 if config.optimizer == "momentum" else 0.0)
+        for p in params:
+            self.optimizer.state[p] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in self.moments}}
+
+    def arrays(self, x, y):
+        """Numpy to the framework. Labels are checked first: MLX would read past the end of an array without a word."""
+        if self.config.loss == "cross_entropy" and not 0 <= y.min() <= y.max() < self.config.n_out:
+            raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
+        return torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
+
+    def step(self, x, y, lr):
+        """One update on x (B, n_in) float32 and y as the loss wants it; returns {"loss"}, the one before the update."""
+        x, y = self.arrays(x, y)
+        self.t += 1
+        if self.config.grad == "by-hand":
+            return {"loss": self.step_by_hand(x, y, lr)}
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.zero_grad()
+        loss = loss_fn(self.model(x), y, self.config.loss)
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def step_by_hand(self, x, y, lr):
+        loss, grads = loss_and_grads_by_hand(self.model, x, y)
+        update = {"sgd": sgd, "momentum": momentum, "adam": adam}[self.config.optimizer]
+        for name, p in self.model.named_parameters():
+            state = self.optimizer.state[p]
+            new, *moments = update(p, grads[name], lr, self.t, *(state[key] for key in self.moments))
+            p.copy_(new)
+            state.update(zip(self.moments, moments))
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, x, y):
+        """{"val_loss"} and, for classes, {"accuracy"} on x (B, n_in) and y."""
+        x, y = self.arrays(x, y)
+        z = self.model(x)
+        figures = {"val_loss": loss_fn(z, y, self.config.loss)}
+        if self.config.loss == "cross_entropy":
+            figures["accuracy"] = (z.argmax(1) == y).float().mean()
+        if self.config.loss == "binary_cross_entropy":
+            figures["accuracy"] = ((z > 0) == (y > 0)).float().mean()
+        return figures
+
+    @torch.no_grad()
+    def predict(self, x):
+        """x (B, n_in) -> numpy (B, n_out): probabilities of the classes, of the answer 1, or the values."""
+        z = self.model(torch.from_numpy(x).to(self.device))
+        if self.config.loss == "cross_entropy":
+            z = torch.softmax(z, 1)
+        if self.config.loss == "binary_cross_entropy":
+            z = torch.sigmoid(z)
+        return z.cpu().numpy()
+
+    def save(self, path, step, **extra):
+        """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        arrays = get_weights(self.model)
+        for name, p in self.model.named_parameters():
+            for letter, key in zip("mv", self.moments):
+                arrays[f"{letter}.{name}"] = self.optimizer.state[p][key].cpu().numpy()
+        meta = {"model": "mlp", "config": asdict(self.config), "step": step, **extra}
+        with open(f"{path}.part", "wb") as f:
+            np.savez(f, meta=json.dumps(meta), **arrays)
+        os.replace(f"{path}.part", path)
+
+    def load(self, path):
+        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        with np.load(path, allow_pickle=False) as f:
+            arrays, meta = dict(f), json.loads(str(f["meta"]))
+        set_weights(self.model, arrays)
+        self.t = meta["step"]
+        for name, p in self.model.named_parameters():
+            self.optimizer.state[p]["step"] = torch.tensor(float(self.t))
+            for letter, key in zip("mv", self.moments):
+                self.optimizer.state[p][key] = torch.from_numpy(arrays[f"{letter}.{name}"]).to(self.device)
+        return self.t
