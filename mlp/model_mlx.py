@@ -5,12 +5,12 @@
 Forward, for the layers k = 1 ... L, with a_0 = x:
     z_k = a_{k-1} W_k^T + b_k        (B, n_k); W_k is (n_k, n_{k-1}), the way both frameworks store it
     a_k = f(z_k)                     f is relu, sigmoid or tanh; the last layer has none
-Loss, the mean over the batch:
-    cross_entropy                    -log softmax(z_L)[y]                            y (B,) class numbers
-    binary_cross_entropy             -y log sigmoid(z_L) - (1 - y) log(1 - sigmoid(z_L))   y (B, 1) of 0 or 1
-    mse                              (z_L - y)^2                                     y (B, n_out)
+Loss, the mean over the batch and, but for cross_entropy, over the outputs:
+    cross_entropy                    -log softmax(z_L)[y]                                  y (B,) class numbers
+    binary_cross_entropy             -y log sigmoid(z_L) - (1 - y) log(1 - sigmoid(z_L))   y (B, n_out) of 0 and 1
+    mse                              (z_L - y)^2                                           y (B, n_out)
 Backward, with delta_k = dloss/dz_k (B, n_k), by the chain rule from the last layer to the first:
-    delta_L     = (softmax(z_L) - onehot(y)) / B,  (sigmoid(z_L) - y) / B  or  2 (z_L - y) / (B n_out)
+    delta_L     = (softmax(z_L) - onehot(y)) / B,  (sigmoid(z_L) - y) / (B n_out)  or  2 (z_L - y) / (B n_out)
     dloss/dW_k  = sum over the batch of the outer products delta_k (x) a_{k-1}  =  delta_k^T a_{k-1}
     dloss/db_k  = sum over the batch of delta_k
     delta_{k-1} = (delta_k W_k) * f'(z_{k-1})
@@ -89,7 +89,7 @@ def loss_and_delta(z, y, loss):
     if loss == "binary_cross_entropy":
         # -y log s - (1 - y) log(1 - s) = max(z, 0) - y z + log(1 + e^-|z|), which never overflows either
         each = mx.where(z > 0, z, 0.0) - y * z + mx.log1p(mx.exp(-mx.abs(z)))
-        return each.sum() / B, (mx.sigmoid(z) - y) / B
+        return each.sum() / (B * n_out), (mx.sigmoid(z) - y) / (B * n_out)
     return ((z - y) ** 2).sum() / (B * n_out), 2 * (z - y) / (B * n_out)
 
 

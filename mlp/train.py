@@ -73,11 +73,11 @@ def fit(trainer, batch, evaluate, lr, args, start, **extra):
     """Train from step `start` to args.steps; a log line and a checkpoint every args.log_every steps.
 
     batch(step) gives one step's arrays, lr(step) its rate, evaluate() the figures on data held out; `extra` is kept in
-    the checkpoint. Ctrl-C ends the step at hand, saves and exits with 130. Returns steps a second and the figures.
+    the checkpoint. Ctrl-C ends the step at hand, saves and exits with 130. Returns the steps taken in a second.
     """
     ckpt, interrupted = args.out / "ckpt.npz", []
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    pending, figures, busy, shown = [], {}, 0.0, time.perf_counter()
+    pending, busy, speed, shown = [], 0.0, 0.0, time.perf_counter()
     for step in range(start, args.steps):
         pending.append(trainer.step(*batch(step), lr=lr(step)))
         done, waited = step + 1, time.perf_counter() - shown
@@ -85,7 +85,7 @@ def fit(trainer, batch, evaluate, lr, args, start, **extra):
             continue
         values = [{name: float(value) for name, value in metrics.items()} for metrics in pending]
         busy += time.perf_counter() - shown
-        figures = {name: float(value) for name, value in evaluate().items()}
+        figures = evaluate()
         for at, metrics in enumerate([*values, figures], done - len(values)):
             if not all(map(math.isfinite, metrics.values())):
                 fail(f"the loss is no longer finite at step {min(at, step)}: lower --lr; an earlier {ckpt} is kept")
@@ -103,7 +103,7 @@ def fit(trainer, batch, evaluate, lr, args, start, **extra):
             print(f"stopped: the same command with --resume goes on from step {done}", flush=True)
             raise SystemExit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    return (args.steps - start) / busy if busy else 0.0, figures or {k: float(v) for k, v in evaluate().items()}
+    return speed
 
 
 def fetch(file, md5, *urls):
@@ -206,9 +206,10 @@ def make_points(task, n, seed):
 def read_csv(path, loss):
     """A header line, then numeric features and the target as the last column; every fifth line is held out."""
     try:
-        table = np.genfromtxt(path, delimiter=",", skip_header=1, ndmin=2, encoding="utf-8")
+        lines = Path(path).read_text(encoding="utf-8").splitlines()[1:]
+        table = np.array([[float(cell) for cell in line.split(",")] for line in lines], ndmin=2)
     except (OSError, ValueError) as error:
-        fail(f"{path} is no CSV of numbers ({str(error).splitlines()[0]})")
+        fail(f"{path} is no CSV of numbers ({error}): a header, then features and target, none of them missing")
     if table.shape[0] < 10 or table.shape[1] < 2 or not np.isfinite(table).all():
         fail(f"{path} must have a header, 10 lines or more and 2 columns or more, all of them numbers with no gap")
     x, y = table[:, :-1], table[:, -1:]
@@ -325,12 +326,13 @@ def main():
         fail("--steps must be 0 or more, --batch-size and --hidden 1 or more, --lr more than 0")
     args.log_every = max(1, args.steps // 20)
 
-    net, ckpt = load_twin(args), args.out / "ckpt.npz"
+    ckpt = args.out / "ckpt.npz"
     saved = read_meta(ckpt, "mlp") if args.resume else None
     x_train, y_train, x_val, y_val = load_data(args)
     n_in, n_out = x_train.shape[1], y_train.max() + 1 if args.loss == "cross_entropy" else 1
     if args.batch_size > len(x_train):
         fail(f"--batch-size {args.batch_size} is more than the {len(x_train)} examples: make it smaller")
+    net = load_twin(args)
     config = net.Config(n_in, args.hidden, int(n_out), args.activation, args.loss, args.optimizer, args.grad)
     if saved:
         config = net.Config(**saved["config"])
@@ -350,14 +352,17 @@ def main():
     def lr(step):
         return args.lr * (1 + math.cos(math.pi * step / args.steps)) / 2
 
-    speed, figures = fit(trainer, batch, lambda: trainer.evaluate(x_val, y_val), lr, args, start)
+    def evaluate():
+        return {name: float(value) for name, value in trainer.evaluate(x_val, y_val).items()}
+
+    speed = fit(trainer, batch, evaluate, lr, args, start)
     files = [ckpt] if ckpt.exists() else []
     picture = draw_answers if n_in == 784 else draw_regions if args.loss != "mse" else draw_fit
     if picture is draw_answers or n_in == (1 if picture is draw_fit else 2):  # a table of more columns has no picture
         picture(trainer, x_val, y_val).save(args.out / "sample.png")
         files.append(args.out / "sample.png")
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
-    result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1)} | figures
+    result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1)} | evaluate()
     print("result " + json.dumps(result | {"files": [str(file) for file in files]}))
 
 

@@ -1,0 +1,311 @@
+"""GPT-2 in MLX: a Transformer decoder that predicts the next token.
+
+    idx (B, T) -> token + position -> n_layer times [x + attention(norm(x)), x + mlp(norm(x))] -> norm -> logits
+
+A text is as probable as the product over its tokens, each given those before it; the loss is, in nats a token,
+    -1/T log p(x_1 ... x_T)  =  -1/T sum_t log p(x_t | x_1 ... x_{t-1})
+Attention: every position t gathers from the positions s <= t, in n_head ways at once, each of head_size = C / n_head:
+    y_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(head_size)) v_s            q, k and v are three linear maps of x
+
+Radford et al. 2019, "Language models are unsupervised multitask learners". Names as in the released weights.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+
+@dataclass
+class Config:
+    block_size: int = 1024  # the context: the most positions that the model can see
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # of the embeddings and of what each branch adds
+    bias: bool = True  # in Linear and LayerNorm; GPT-2 has them
+    optimizer: str = "muon"  # muon or adamw
+    weight_decay: float = 0.1
+
+
+GPT2 = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124 million parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,558
+}
+
+
+class KVCache:
+    """Keys and values of the positions read so far, a pair of arrays a layer, made once and written in place."""
+
+    def __init__(self, model, batch_size):
+        config, like = model.config, model.wte.weight
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k = [mx.zeros(shape, like.dtype) for _ in range(config.n_layer)]
+        self.v = [mx.zeros(shape, like.dtype) for _ in range(config.n_layer)]
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Write k, v (B, n_head, T, head_size) behind the others; returns all of them, (B, n_head, S, head_size)."""
+        end = self.length + k.shape[2]
+        self.k[layer][:, :, self.length : end] = k
+        self.v[layer][:, :, self.length : end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v of all heads at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def __call__(self, x, layer, cache):
+        B, T, C = x.shape
+        q, k, v = mx.split(self.c_attn(x), 3, axis=-1)  # (B, T, C) each
+        q, k, v = (a.reshape(B, T, self.n_head, -1).swapaxes(1, 2) for a in (q, k, v))  # (B, n_head, T, head_size)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        # query t comes after S - T older keys, and sees the keys 0 ... S - T + t. MLX's "causal" is just that; torch's
+        # is_causal lines queries and keys up at their starts, and needs a mask where there are older keys
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask="causal")
+        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def __call__(self, x):
+        return self.c_proj(nn.gelu_approx(self.c_fc(x)))  # GPT-2 has the tanh form
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def __call__(self, x, layer, cache):
+        x = x + self.drop(self.attn(self.ln_1(x), layer, cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = [Block(config) for _ in range(config.n_layer)]
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+
+    def __call__(self, idx, cache=None):
+        """idx (B, T) -> logits (B, T, V). With a cache, idx goes on from it and only the last come: (B, 1, V)."""
+        start = cache.length if cache is not None else 0
+        pos = mx.arange(start, start + idx.shape[1])
+        x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, cache)
+        if cache is not None:
+            cache.length += idx.shape[1]
+            x = x[:, -1:]
+        return self.ln_f(x) @ self.wte.weight.T  # the head is tied to the embedding
+
+
+def loss_fn(logits, targets):
+    """The mean -log p of the targets (B, T) under the logits (B, T, V), in nats a token."""
+    return nn.losses.cross_entropy(logits, targets, reduction="mean")
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+def sample(logits, u, temperature, top_k, top_p):
+    """One token a row: logits (B, V), u (B,) from [0, 1) -> (B,), where u falls in the cumulated probabilities."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    token = mx.argsort(-logits, axis=-1)
+    p = mx.softmax(mx.take_along_axis(logits, token, -1) / temperature, -1)
+    keep = mx.arange(p.shape[-1]) < top_k  # the top_k likeliest, and of them the
+    keep = keep & (p.cumsum(-1) - p < top_p)  # nucleus: the fewest that hold the share top_p (Holtzman et al. 2020)
+    cdf = (p * keep).cumsum(-1)
+    rank = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdims=True)
+    return mx.take_along_axis(token, rank, -1)[:, 0]
+
+
+def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
+    """Go on from the prompt idx (B, T): yields one (B,) of tokens for each row of u (n, B), uniform from [0, 1).
+
+    The prompt is read in one pass, then one token at a time on the cache. Positions are learned, so that a full cache
+    cannot slide on: the later half of the context is then read anew as positions 0, 1, ...
+    """
+    block_size, top_k = model.config.block_size, top_k or model.config.vocab_size
+    cache = KVCache(model, idx.shape[0])
+    new = idx = idx[:, -block_size:]
+    for u_i in u:
+        if cache.length + new.shape[1] > block_size:
+            cache.length = 0
+            new = idx[:, -block_size // 2 :]
+        new = sample(model(new, cache)[:, -1], u_i, temperature, top_k, top_p)[:, None]
+        idx = mx.concatenate([idx, new], axis=1)[:, -block_size:]
+        yield new[:, 0]
+
+
+# ---- optimizers: p parameter, g gradient, m and v running moments (zeros at first), t = 1, 2, ... --------------------
+
+
+def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
+    """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+    return p * (1 - lr * weight_decay) - lr * m_hat / (mx.sqrt(v_hat) + eps), m, v
+
+
+def muon(p, g, m, lr, weight_decay, beta=0.9):
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+
+    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    """
+    m = beta * m + (1 - beta) * g
+    update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum as it will be one step on
+    return p * (1 - lr * weight_decay) - lr * 0.2 * max(p.shape) ** 0.5 * update, m
+
+
+def orthogonalize(g):
+    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+
+    A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
+    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    """
+    x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
+    x = x / (mx.linalg.norm(x) + 1e-7)
+    xxt, eye = x @ x.T, mx.eye(x.shape[0])
+    q = eye
+    for _ in range(5):
+        p = 3.4445 * eye - 4.7750 * xxt + 2.0315 * xxt @ xxt
+        q, xxt = p @ q, p @ xxt @ p
+    return (q @ x).T if g.shape[0] > g.shape[1] else q @ x
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def get_weights(model):
+    """Every parameter as numpy, {name: array}."""
+    return {name: np.array(p) for name, p in tree_flatten(model.parameters())}
+
+
+def set_weights(model, weights):
+    """Put {name: numpy array} in place of the model's parameters."""
+    params = dict(tree_flatten(model.parameters()))
+    for name, p in params.items():
+        if weights[name].shape != p.shape:
+            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {p.shape}")
+        params[name] = mx.array(weights[name], mx.float32)
+    model.update(tree_unflatten(list(params.items())))
+
+
+def init_weights(model, seed):
+    """GPT-2's: N(0, 0.02^2), those that add to the residual stream over sqrt(2 n_layer); norms 1, biases 0."""
+    rng, weights = np.random.default_rng(seed), get_weights(model)
+    for name, w in sorted(weights.items()):
+        if w.ndim == 2:
+            std = 0.02 / math.sqrt(2 * model.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+            weights[name] = rng.standard_normal(w.shape, np.float32) * np.float32(std)
+        else:
+            weights[name] = np.full_like(w, name.endswith("weight"))
+    set_weights(model, weights)
+
+
+def devices():
+    """The devices that can be used here, the best first."""
+    return ["gpu", "cpu"] if mx.is_available(mx.gpu) else ["cpu"]
+
+
+class Trainer:
+    """A GPT and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+
+    def __init__(self, config, seed=0, device=None):
+        self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
+        mx.set_default_device(getattr(mx, self.device))
+        self.model = GPT(config)
+        init_weights(self.model, seed)
+        self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
+        self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
+
+    def arrays(self, *ids):
+        """Numpy to the framework. Tokens are checked first: MLX would read past the end of an array without a word."""
+        if any(a.min() < 0 or a.max() >= self.config.vocab_size for a in ids):
+            raise ValueError(f"a token is outside 0 ... {self.config.vocab_size - 1}")
+        return [mx.array(a) for a in ids]
+
+    def step(self, x, y, lr):
+        """One update on x (B, T) int64 and y, x moved on by one; returns {"loss"}, nats a token before the update."""
+        x, y = self.arrays(x, y)
+        self.t += 1
+        mx.random.seed(self.seed + 1_000_003 * self.t)  # for dropout
+        self.model.train()
+        loss, grads = nn.value_and_grad(self.model, lambda x, y: loss_fn(self.model(x), y))(x, y)
+        grads, _ = optim.clip_grad_norm(grads, 1.0)
+        grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
+        for name, p in params.items():
+            decay = self.config.weight_decay if p.ndim == 2 else 0.0
+            if self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("h."):  # the matrices of the blocks
+                params[name], self.m[name] = muon(p, grads[name], self.m[name], lr, decay)
+            else:
+                moments = self.m[name], self.v[name]
+                params[name], self.m[name], self.v[name] = adamw(p, grads[name], *moments, lr, self.t, decay)
+        self.model.update(tree_unflatten(list(params.items())))
+        mx.eval(loss, params, self.m, self.v)  # MLX is lazy: here the step is computed
+        return {"loss": loss}
+
+    def evaluate(self, x, y):
+        """{"val_loss"} in nats a token on x (B, T) and y, x moved on by one."""
+        x, y = self.arrays(x, y)
+        self.model.eval()
+        return {"val_loss": loss_fn(self.model(x), y)}
+
+    def generate(self, prompt, n, temperature=1.0, top_k=None, top_p=1.0, seed=0):
+        """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
+        (idx,) = self.arrays(prompt)
+        u = mx.array(np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32))
+        self.model.eval()
+        for token in generate(self.model, idx, u, temperature, top_k, top_p):
+            yield np.array(token)
+
+    def save(self, path, step, **extra):
+        """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        arrays = get_weights(self.model)
+        arrays |= {f"m.{name}": np.array(m) for name, m in self.m.items()}
+        arrays |= {f"v.{name}": np.array(v) for name, v in self.v.items()}
+        meta = {"model": "gpt", "config": asdict(self.config), "step": step, **extra}
+        with open(f"{path}.part", "wb") as f:
+            np.savez(f, meta=json.dumps(meta), **arrays)
+        os.replace(f"{path}.part", path)
+
+    def load(self, path):
+        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        with np.load(path, allow_pickle=False) as f:
+            arrays, meta = dict(f), json.loads(str(f["meta"]))
+        set_weights(self.model, arrays)
+        self.t = meta["step"]
+        for name in self.m:
+            self.m[name] = mx.array(arrays[f"m.{name}"])
+            self.v[name] = mx.array(arrays[f"v.{name}"])
+        return self.t

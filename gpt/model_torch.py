@@ -1,0 +1,311 @@
+"""GPT-2 in PyTorch: a Transformer decoder that predicts the next token.
+
+    idx (B, T) -> token + position -> n_layer times [x + attention(norm(x)), x + mlp(norm(x))] -> norm -> logits
+
+A text is as probable as the product over its tokens, each given those before it; the loss is, in nats a token,
+    -1/T log p(x_1 ... x_T)  =  -1/T sum_t log p(x_t | x_1 ... x_{t-1})
+Attention: every position t gathers from the positions s <= t, in n_head ways at once, each of head_size = C / n_head:
+    y_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(head_size)) v_s            q, k and v are three linear maps of x
+
+Radford et al. 2019, "Language models are unsupervised multitask learners". Names as in the released weights.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    block_size: int = 1024  # the context: the most positions that the model can see
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # of the embeddings and of what each branch adds
+    bias: bool = True  # in Linear and LayerNorm; GPT-2 has them
+    optimizer: str = "muon"  # muon or adamw
+    weight_decay: float = 0.1
+
+
+GPT2 = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124 million parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,558
+}
+
+
+class KVCache:
+    """Keys and values of the positions read so far, a pair of arrays a layer, made once and written in place."""
+
+    def __init__(self, model, batch_size):
+        config, like = model.config, model.wte.weight
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k = [like.new_zeros(shape) for _ in range(config.n_layer)]
+        self.v = [like.new_zeros(shape) for _ in range(config.n_layer)]
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Write k, v (B, n_head, T, head_size) behind the others; returns all of them, (B, n_head, S, head_size)."""
+        end = self.length + k.shape[2]
+        self.k[layer][:, :, self.length : end] = k
+        self.v[layer][:, :, self.length : end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v of all heads at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, layer, cache):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
+        q, k, v = (a.reshape(B, T, self.n_head, -1).swapaxes(1, 2) for a in (q, k, v))  # (B, n_head, T, head_size)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        # query t comes after S - T older keys, and sees the keys 0 ... S - T + t. MLX's "causal" is just that; torch's
+        # is_causal lines queries and keys up at their starts, and needs a mask where there are older keys
+        S = k.shape[2]
+        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)
+        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 has the tanh form
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, layer, cache):
+        x = x + self.drop(self.attn(self.ln_1(x), layer, cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+
+    def forward(self, idx, cache=None):
+        """idx (B, T) -> logits (B, T, V). With a cache, idx goes on from it and only the last come: (B, 1, V)."""
+        start = cache.length if cache is not None else 0
+        pos = torch.arange(start, start + idx.shape[1], device=idx.device)
+        x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, cache)
+        if cache is not None:
+            cache.length += idx.shape[1]
+            x = x[:, -1:]
+        return self.ln_f(x) @ self.wte.weight.T  # the head is tied to the embedding
+
+
+def loss_fn(logits, targets):
+    """The mean -log p of the targets (B, T) under the logits (B, T, V), in nats a token."""
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+def sample(logits, u, temperature, top_k, top_p):
+    """One token a row: logits (B, V), u (B,) from [0, 1) -> (B,), where u falls in the cumulated probabilities."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, token = torch.softmax(logits / temperature, -1).sort(dim=-1, descending=True)
+    keep = torch.arange(p.shape[-1], device=p.device) < top_k  # the top_k likeliest, and of them the
+    keep = keep & (p.cumsum(-1) - p < top_p)  # nucleus: the fewest that hold the share top_p (Holtzman et al. 2020)
+    cdf = (p * keep).cumsum(-1)
+    rank = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
+    return token.gather(-1, rank)[:, 0]
+
+
+@torch.no_grad()
+def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
+    """Go on from the prompt idx (B, T): yields one (B,) of tokens for each row of u (n, B), uniform from [0, 1).
+
+    The prompt is read in one pass, then one token at a time on the cache. Positions are learned, so that a full cache
+    cannot slide on: the later half of the context is then read anew as positions 0, 1, ...
+    """
+    block_size, top_k = model.config.block_size, top_k or model.config.vocab_size
+    cache = KVCache(model, idx.shape[0])
+    new = idx = idx[:, -block_size:]
+    for u_i in u:
+        if cache.length + new.shape[1] > block_size:
+            cache.length = 0
+            new = idx[:, -block_size // 2 :]
+        new = sample(model(new, cache)[:, -1], u_i, temperature, top_k, top_p)[:, None]
+        idx = torch.cat([idx, new], dim=1)[:, -block_size:]
+        yield new[:, 0]
+
+
+# ---- optimizers: p parameter, g gradient, m and v running moments (zeros at first), t = 1, 2, ... --------------------
+
+
+@torch.no_grad()
+def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
+    """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
+    m.lerp_(g, 1 - beta1)  # m = beta1 m + (1 - beta1) g
+    v.lerp_(g * g, 1 - beta2)
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+    p.mul_(1 - lr * weight_decay).sub_(lr * m_hat / (v_hat.sqrt() + eps))
+
+
+@torch.no_grad()
+def muon(p, g, m, lr, weight_decay, beta=0.9):
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+
+    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    """
+    m.lerp_(g, 1 - beta)
+    update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum as it will be one step on
+    p.mul_(1 - lr * weight_decay).sub_(lr * 0.2 * max(p.shape) ** 0.5 * update)
+
+
+def orthogonalize(g):
+    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+
+    A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
+    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    """
+    x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
+    x = x / (x.norm() + 1e-7)
+    xxt, eye = x @ x.T, torch.eye(x.shape[0], device=x.device)
+    q = eye
+    for _ in range(5):
+        p = 3.4445 * eye - 4.7750 * xxt + 2.0315 * xxt @ xxt
+        q, xxt = p @ q, p @ xxt @ p
+    return (q @ x).T if g.shape[0] > g.shape[1] else q @ x
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def get_weights(model):
+    """Every parameter as numpy, {name: array}."""
+    return {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+
+
+def set_weights(model, weights):
+    """Put {name: numpy array} in place of the model's parameters."""
+    for name, p in model.named_parameters():
+        if weights[name].shape != tuple(p.shape):
+            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
+        p.data.copy_(torch.from_numpy(weights[name]))
+
+
+def init_weights(model, seed):
+    """GPT-2's: N(0, 0.02^2), those that add to the residual stream over sqrt(2 n_layer); norms 1, biases 0."""
+    rng, weights = np.random.default_rng(seed), get_weights(model)
+    for name, w in sorted(weights.items()):
+        if w.ndim == 2:
+            std = 0.02 / math.sqrt(2 * model.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+            weights[name] = rng.standard_normal(w.shape, np.float32) * np.float32(std)
+        else:
+            weights[name] = np.full_like(w, name.endswith("weight"))
+    set_weights(model, weights)
+
+
+def devices():
+    """The devices that can be used here, the best first."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, there in found.items() if there]
+
+
+class Trainer:
+    """A GPT and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+
+    def __init__(self, config, seed=0, device=None):
+        self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
+        self.model = GPT(config).to(self.device)
+        init_weights(self.model, seed)
+        self.m = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
+        self.v = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
+
+    def arrays(self, *ids):
+        """Numpy to the framework. Tokens are checked first: MLX would read past the end of an array without a word."""
+        if any(a.min() < 0 or a.max() >= self.config.vocab_size for a in ids):
+            raise ValueError(f"a token is outside 0 ... {self.config.vocab_size - 1}")
+        return [torch.from_numpy(a).to(self.device) for a in ids]
+
+    def step(self, x, y, lr):
+        """One update on x (B, T) int64 and y, x moved on by one; returns {"loss"}, nats a token before the update."""
+        x, y = self.arrays(x, y)
+        self.t += 1
+        torch.manual_seed(self.seed + 1_000_003 * self.t)  # for dropout
+        self.model.train()
+        self.model.zero_grad()
+        loss = loss_fn(self.model(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for name, p in self.model.named_parameters():
+            decay = self.config.weight_decay if p.ndim == 2 else 0.0
+            if self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("h."):  # the matrices of the blocks
+                muon(p, p.grad, self.m[name], lr, decay)
+            else:
+                adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
+        return {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def evaluate(self, x, y):
+        """{"val_loss"} in nats a token on x (B, T) and y, x moved on by one."""
+        x, y = self.arrays(x, y)
+        self.model.eval()
+        return {"val_loss": loss_fn(self.model(x), y)}
+
+    def generate(self, prompt, n, temperature=1.0, top_k=None, top_p=1.0, seed=0):
+        """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
+        (idx,) = self.arrays(prompt)
+        u = torch.from_numpy(np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32)).to(self.device)
+        self.model.eval()
+        for token in generate(self.model, idx, u, temperature, top_k, top_p):
+            yield token.cpu().numpy()
+
+    def save(self, path, step, **extra):
+        """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        arrays = get_weights(self.model)
+        arrays |= {f"m.{name}": m.cpu().numpy() for name, m in self.m.items()}
+        arrays |= {f"v.{name}": v.cpu().numpy() for name, v in self.v.items()}
+        meta = {"model": "gpt", "config": asdict(self.config), "step": step, **extra}
+        with open(f"{path}.part", "wb") as f:
+            np.savez(f, meta=json.dumps(meta), **arrays)
+        os.replace(f"{path}.part", path)
+
+    def load(self, path):
+        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        with np.load(path, allow_pickle=False) as f:
+            arrays, meta = dict(f), json.loads(str(f["meta"]))
+        set_weights(self.model, arrays)
+        self.t = meta["step"]
+        for name in self.m:
+            self.m[name] = torch.from_numpy(arrays[f"m.{name}"]).to(self.device)
+            self.v[name] = torch.from_numpy(arrays[f"v.{name}"]).to(self.device)
+        return self.t

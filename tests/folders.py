@@ -1,0 +1,149 @@
+"""The one table that the tests go through: a folder joins by a row in FOLDERS. And how they load and run a folder."""
+
+import ctypes.util
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = ["torch", "mlx"]
+
+
+@dataclass
+class Folder:
+    configs: list  # small Configs, as keyword arguments: each way through the model that must agree
+    batch: callable  # (config, rng) -> the arrays of one Trainer.step
+    loss: callable  # (net, model, *arrays of the framework) -> the loss, for gradients
+    outputs: callable  # (trainer, *arrays of numpy) -> what the model says of them, as one numpy array
+    curve: list  # for each config: over how many steps the losses agree
+    lr: float  # a rate at which the small models learn one batch by heart
+    overfit: tuple  # in how many steps, and to a loss below which bound
+    smoke: list = ()  # train.py's arguments for a short run
+    learned: tuple = ()  # (a figure of the result line, "<" or ">", a bound that an untrained model misses)
+    files: list = ()  # what the short run leaves in its --out
+
+
+def points(config, rng):
+    x = rng.normal(size=(32, config.n_in)).astype(np.float32)
+    if config.loss == "cross_entropy":
+        return x, rng.integers(0, config.n_out, 32)
+    return x, rng.integers(0, 2, (32, config.n_out)).astype(np.float32)
+
+
+def tokens(config, rng):
+    ids = rng.integers(0, config.vocab_size, (4, config.block_size + 1))
+    return ids[:, :-1], ids[:, 1:]
+
+
+FOLDERS = {
+    "mlp": Folder(
+        configs=[
+            dict(n_in=5, hidden=[32, 16], n_out=3),
+            dict(n_in=5, hidden=[32], n_out=1, activation="tanh", loss="binary_cross_entropy", optimizer="momentum"),
+            dict(n_in=5, hidden=[32, 16], n_out=2, activation="sigmoid", loss="mse", grad="by-hand"),
+            dict(n_in=5, hidden=[64], n_out=3, optimizer="sgd"),
+        ],
+        curve=[100, 100, 100, 100],
+        batch=points,
+        loss=lambda net, model, x, y: net.loss_fn(model(x), y, model.config.loss),
+        outputs=lambda trainer, x, y: trainer.predict(x),
+        lr=0.1,
+        overfit=(150, 0.5),
+        smoke=["--steps", "300"],
+        learned=("accuracy", ">", 0.95),
+        files=["ckpt.npz", "sample.png"],
+    ),
+    "gpt": Folder(
+        configs=[
+            dict(block_size=16, vocab_size=31, n_layer=2, n_head=3, n_embd=24, optimizer="adamw"),
+            dict(block_size=16, vocab_size=31, n_layer=2, n_head=3, n_embd=24, optimizer="muon"),
+            dict(block_size=16, vocab_size=31, n_layer=1, n_head=1, n_embd=24, optimizer="adamw", bias=False),
+        ],
+        curve=[100, 20, 100],  # Muon makes small differences large
+        batch=tokens,
+        loss=lambda net, model, x, y: net.loss_fn(model(x), y),
+        outputs=lambda trainer, x, y: np.stack(list(trainer.generate(x[:, :5], 20, temperature=0))),
+        lr=0.01,
+        overfit=(60, 0.3),
+        smoke=["--steps", "40", "--block-size", "32", "--n-layer", "2", "--n-embd", "64", "--tokens", "100"],
+        learned=("val_loss", "<", 2.9),
+        files=["ckpt.npz", "sample.txt"],
+    ),
+}
+CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]
+
+
+def load(name, backend):
+    """The module NAME/model_BACKEND.py, under a name of its own."""
+    full = f"{name}_model_{backend}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, ROOT / name / f"model_{backend}.py")
+        sys.modules[full] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[full])
+    return sys.modules[full]
+
+
+def make_trainer(name, i, backend, seed=0, **changes):
+    net = load(name, backend)
+    return net.Trainer(net.Config(**{**FOLDERS[name].configs[i], **changes}), seed=seed, device="cpu")
+
+
+def batches(name, i, n):
+    """n training batches of a case, the same for both backends."""
+    folder, config = FOLDERS[name], load(name, "torch").Config(**FOLDERS[name].configs[i])
+    return [folder.batch(config, np.random.default_rng((7, step))) for step in range(n)]
+
+
+def environment(backend):
+    """The environment of a process: on Linux MLX is many times faster with OpenBLAS, where that is installed."""
+    env = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+    openblas = ctypes.util.find_library("openblas") if sys.platform == "linux" else None
+    if backend == "mlx" and openblas:
+        env["LD_PRELOAD"] = openblas
+    return env
+
+
+def copy_alone(name, to):
+    """The folder's own files and nothing else, the way that a user copies it."""
+    shutil.copytree(ROOT / name, to, ignore=shutil.ignore_patterns("out", "data", "__pycache__"))
+    return Path(to)
+
+
+def start(folder, backend, *args, **options):
+    """A process of the train.py in `folder`, with its output in pipes."""
+    command = [sys.executable, "train.py", "--backend", backend, "--device", "cpu", *map(str, args)]
+    return subprocess.Popen(command, cwd=folder, env=environment(backend), text=True, encoding="utf-8",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # fmt: skip
+
+
+def run(folder, backend, *args):
+    """train.py to its end: exit code, stdout, stderr."""
+    process = start(folder, backend, *args)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+_smoke = {}
+
+
+def smoke(name, backend):
+    """The short run of a folder, copied alone, once a session: its result line, with `out` and `wall` added."""
+    if (name, backend) not in _smoke:
+        place = tempfile.mkdtemp(prefix=f"{name}_{backend}_")
+        folder, began = copy_alone(name, Path(place) / name), time.perf_counter()
+        code, out, err = run(folder, backend, *FOLDERS[name].smoke)
+        assert code == 0, f"exit code {code}: {err}"
+        last = out.splitlines()[-1]
+        assert last.startswith("result "), f"the last line is no result: {last}"
+        result = json.loads(last.removeprefix("result "))
+        _smoke[name, backend] = {**result, "out": folder / "out", "wall": time.perf_counter() - began}
+    return _smoke[name, backend]

@@ -1,0 +1,57 @@
+"""Does every folder run, alone and in both frameworks, and does it learn?  python tests/smoke_test.py [FOLDER ...]
+
+Copies each folder to an empty place, runs its train.py there for a few seconds, checks a figure against a bound that an
+untrained model misses, and looks at the files that it wrote. Needs the five packages and nothing else.
+"""
+
+import sys
+
+import numpy as np
+from folders import BACKENDS, FOLDERS, smoke
+from PIL import Image
+
+
+def check(name, backend):
+    """The short run of one folder: raises AssertionError with the reason if anything is not as promised."""
+    folder, result = FOLDERS[name], smoke(name, backend)
+    figure, sign, bound = folder.learned
+    assert result["backend"] == backend and result["params"] > 0 and result["seconds"] <= result["wall"]
+    assert (result[figure] > bound) == (sign == ">"), f"{figure} is {result[figure]:.3f}, not {sign} {bound}"
+    for file in folder.files:
+        path = result["out"] / file
+        assert str(path) in result["files"] and path.stat().st_size > 0, f"{file} is missing"
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                assert min(image.size) >= 64 and np.asarray(image.convert("L")).std() > 8, f"{file} is blank"
+        if path.suffix == ".txt":
+            assert len(set(path.read_text(encoding="utf-8"))) > 10, f"{file} says nothing"
+    return result
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("backend", BACKENDS)
+    metafunc.parametrize("name", FOLDERS)
+
+
+def test_smoke(name, backend):
+    check(name, backend)
+
+
+def main():
+    counts = {"passed": 0, "failed": 0}
+    for name in sys.argv[1:] or FOLDERS:
+        for backend in BACKENDS:
+            try:
+                result, outcome = check(name, backend), "passed"
+                figure = FOLDERS[name].learned[0]
+                text = f"{result['wall']:6.1f} s  {figure} {result[figure]:.4f}"
+            except (AssertionError, OSError) as error:
+                outcome, text = "failed", str(error).strip().replace("\n", " | ")
+            counts[outcome] += 1
+            print(f"{name:12} {backend:6} {outcome:7} {text}", flush=True)
+    print(f"{counts['passed']} passed, {counts['failed']} failed")
+    return counts["failed"] > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

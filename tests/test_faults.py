@@ -1,0 +1,145 @@
+"""Bad input: one line that says what is wrong and how to mend it, exit code 2, no traceback, nothing lost."""
+
+import gzip
+import os
+import resource
+import signal
+import sys
+
+import numpy as np
+import pytest
+from folders import BACKENDS, FOLDERS, copy_alone, run, start
+
+SHORT = {  # a run of a second
+    "mlp": ["--steps", "20", "--hidden", "8"],
+    "gpt": ["--steps", "4", "--block-size", "16", "--n-layer", "1", "--n-embd", "32", "--tokens", "5"],
+}
+FLAGS = [  # arguments that every folder refuses, and a word of the reason
+    (["--steps", "-1"], "--steps"),
+    (["--steps", "many"], "invalid int"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--lr", "0"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--device", "tpu"], "--device tpu"),
+    (["--nonsense"], "--nonsense"),
+    (["--resume", "--out", "nowhere"], "no checkpoint"),
+]
+OWN = {  # arguments that one folder refuses; FILES are written beforehand
+    "mlp": [
+        (["--task", "cubic"], "invalid choice"),
+        (["--data", "missing.csv"], "missing.csv"),
+        (["--data", "empty"], "empty"),
+        (["--data", "gap.csv"], "no gap"),
+        (["--data", "latin1.txt"], "latin1.txt"),
+        (["--data", "half.csv"], "class numbers"),
+        (["--hidden", "0"], "--hidden"),
+        (["--batch-size", "100000"], "more than the"),
+        (["--data", "mnist"], "train-images"),
+    ],
+    "gpt": [
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--data", "empty"], "empty"),
+        (["--data", "latin1.txt"], "UTF-8"),
+        (["--data", "binary"], "binary"),
+        (["--data", "short.txt"], "too few"),
+        (["--prompt", "\u4e2d"], "alphabet"),
+        (["--prompt", ""], "--prompt"),
+        (["--prompt", "x" * 200], "--prompt"),
+        (["--n-embd", "30"], "--n-embd"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--top-p", "0"], "--top-p"),
+        (["--top-k", "0"], "--top-k"),
+    ],
+}
+FILES = {
+    "empty": b"",
+    "binary": bytes(range(128)) * 40,
+    "latin1.txt": "h\u00e9l\u00e0s, \u00e7a ne va pas\n".encode("latin-1") * 100,
+    "short.txt": b"too short to learn from",
+    "gap.csv": b"a,b,c\n" + b"1,2,0\n" * 10 + b"1,nan,0\n",
+    "half.csv": b"a,b,c\n" + b"1,2,0.5\n" * 20,
+    "data/mnist/train-images-idx3-ubyte.gz": gzip.compress(b"\0\0\x08\x03" + b"\0" * 5000)[:60],
+}
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def place(request, tmp_path_factory):
+    """A folder copied alone, with a checkpoint in out/ and the bad files beside it; and its name."""
+    name = request.param
+    folder = copy_alone(name, tmp_path_factory.mktemp(name) / name)
+    for file, content in FILES.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(content)
+    code, _, err = run(folder, "mlx", *SHORT[name])
+    assert code == 0, err
+    return name, folder
+
+
+def refused(folder, backend, *args):
+    """Run train.py with bad input: exit code 2, one line, which is returned, and the checkpoint is left as it was."""
+    before = (folder / "out/ckpt.npz").read_bytes()
+    code, out, err = run(folder, backend, *args)
+    assert code == 2, f"exit code {code}\n{out}\n{err}"
+    assert len(err.splitlines()) == 1 and err.startswith("train.py: "), err
+    assert "result" not in out and (folder / "out/ckpt.npz").read_bytes() == before
+    assert not list(folder.glob("**/*.part"))
+    return err
+
+
+def test_flags(place, monkeypatch):
+    name, folder = place
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    for args, reason in FLAGS + OWN[name]:
+        assert reason in refused(folder, "mlx", *SHORT[name][2:], *args), args
+    assert "--device" in refused(folder, "torch", *SHORT[name], "--device", "tpu")
+
+
+def test_checkpoints(place):
+    """Damaged, foreign or dangerous files in the place of a checkpoint."""
+    name, folder = place
+    good = (folder / "out/ckpt.npz").read_bytes()
+    with np.load(folder / "out/ckpt.npz") as f:
+        arrays = dict(f)
+    (folder / "bad").mkdir()
+    bad = folder / "bad/ckpt.npz"
+
+    def attempt(word):
+        for backend in BACKENDS:
+            assert word in refused(folder, backend, *SHORT[name], "--resume", "--out", "bad")
+
+    bad.write_bytes(good[: len(good) // 2])
+    attempt("damaged")
+    bad.write_bytes(b"")
+    attempt("damaged")
+    middle = len(good) // 2
+    bad.write_bytes(good[:middle] + bytes(b ^ 255 for b in good[middle : middle + 64]) + good[middle + 64 :])
+    attempt("damaged")
+    np.savez(bad, meta=np.array([{"a pickled": "object"}], dtype=object))
+    attempt("pickle")
+    np.savez(bad, **{**arrays, "meta": str(arrays["meta"]).replace(f'"model": "{name}"', '"model": "other"')})
+    attempt("other/")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes to set")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_full_disk(place, backend):
+    """A checkpoint that does not fit: the one from before is kept, and no half of the new one is left."""
+    name, folder = place
+    before = (folder / "out/ckpt.npz").read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    process = start(folder, backend, *SHORT[name], preexec_fn=limit)
+    _, err = process.communicate()
+    assert process.returncode == 2 and len(err.splitlines()) == 1 and "could not be written" in err, err
+    assert (folder / "out/ckpt.npz").read_bytes() == before and not list(folder.glob("**/*.part"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_not_finite(place, backend):
+    """A rate that blows up stops the run, names the step, and keeps the checkpoint from before."""
+    name, folder = place
+    err = refused(folder, backend, *SHORT[name][2:], "--steps", "200", "--lr", "1e30")
+    assert "finite" in err and "step" in err and os.path.join("out", "ckpt.npz") in err

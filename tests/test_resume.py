@@ -1,0 +1,97 @@
+"""A run that is stopped, killed or moved to the other framework goes on as if nothing had happened."""
+
+import json
+import shutil
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+from folders import BACKENDS, CASES, FOLDERS, batches, copy_alone, load, make_trainer, run, start
+
+LONG = {  # the steps of a run of a second or two, and its other arguments
+    "mlp": (800, ["--hidden", "32"]),
+    "gpt": (120, ["--block-size", "16", "--n-layer", "1", "--n-embd", "32", "--tokens", "20"]),
+}
+
+
+def arrays_of(path):
+    with np.load(path, allow_pickle=False) as f:
+        return dict(f)
+
+
+@pytest.mark.parametrize("second", BACKENDS)
+@pytest.mark.parametrize("first", BACKENDS)
+@pytest.mark.parametrize("name, i", CASES)
+def test_resume(name, i, first, second, tmp_path):
+    """Six steps at once, or three, a checkpoint, and three more: the same bits, and nearly so across frameworks."""
+    steps, whole = batches(name, i, 6), make_trainer(name, i, first)
+    for arrays in steps:
+        whole.step(*arrays, lr=1e-3)
+    part = make_trainer(name, i, first)
+    for arrays in steps[:3]:
+        part.step(*arrays, lr=1e-3)
+    part.save(tmp_path / "ckpt.npz", 3)
+    rest = make_trainer(name, i, second, seed=1)  # other starting weights: all must come from the file
+    assert rest.load(tmp_path / "ckpt.npz") == 3
+    for arrays in steps[3:]:
+        rest.step(*arrays, lr=1e-3)
+    a, b = load(name, first).get_weights(whole.model), load(name, second).get_weights(rest.model)
+    for key in a:
+        if first == second:
+            assert (a[key] == b[key]).all(), f"{key} differs"
+        else:
+            np.testing.assert_allclose(b[key], a[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_wrong_shape_is_refused(name, tmp_path):
+    """A checkpoint whose arrays have other shapes than its config says raises, in both frameworks."""
+    for backend in BACKENDS:
+        trainer, path = make_trainer(name, 0, backend), tmp_path / "ckpt.npz"
+        trainer.save(path, 1)
+        arrays = arrays_of(path)
+        key = next(key for key in load(name, backend).get_weights(trainer.model))
+        np.savez(path, **{**arrays, key: arrays[key][:1]})
+        with pytest.raises(ValueError, match="shape"):
+            trainer.load(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL and no SIGINT to send")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_interrupted(name, backend, tmp_path):
+    """Killed, resumed, stopped with Ctrl-C and resumed again: the same checkpoint, bit for bit, as without."""
+    folder, ckpt = copy_alone(name, tmp_path / name), tmp_path / name / "part/ckpt.npz"
+    steps, args = LONG[name]
+
+    def reached():
+        return json.loads(str(arrays_of(ckpt)["meta"]))["step"] if ckpt.exists() else 0
+
+    def changed():
+        return ckpt.stat().st_mtime_ns if ckpt.exists() else 0
+
+    def interrupt(how, *more):
+        """Send a signal once a checkpoint is written; False if the run was over before."""
+        before, process = changed(), start(folder, backend, "--steps", steps, *args, "--out", "part", *more)
+        while changed() == before and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(how)
+        out, err = process.communicate()
+        if process.returncode == 0:
+            return False
+        assert process.returncode == (130 if how == signal.SIGINT else -how), err
+        assert how != signal.SIGINT or f"goes on from step {reached()}" in out and not err
+        return 0 < reached() < steps
+
+    while not (interrupt(signal.SIGKILL) and interrupt(signal.SIGINT, "--resume")):
+        shutil.rmtree(folder / "part")  # this machine is too fast for that many steps
+        steps *= 4
+    for more in (["--out", "part", "--resume"], ["--out", "whole"]):
+        code, _, err = run(folder, backend, "--steps", steps, *args, *more)
+        assert code == 0, err
+    a, b = arrays_of(folder / "whole/ckpt.npz"), arrays_of(ckpt)
+    assert a.keys() == b.keys()
+    for key in a:
+        assert (a[key] == b[key]).all(), f"{key} differs"
