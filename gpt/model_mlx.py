@@ -173,8 +173,8 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
     """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
-    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
-    return p * (1 - lr * weight_decay) - lr * m_hat / (mx.sqrt(v_hat) + eps), m, v
+    v_hat = v / (1 - beta2**t)
+    return p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / (mx.sqrt(v_hat) + eps), m, v
 
 
 def muon(p, g, m, lr, weight_decay, beta=0.9):

@@ -175,8 +175,8 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
     """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
     m.lerp_(g, 1 - beta1)  # m = beta1 m + (1 - beta1) g
     v.lerp_(g * g, 1 - beta2)
-    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
-    p.mul_(1 - lr * weight_decay).sub_(lr * m_hat / (v_hat.sqrt() + eps))
+    v_hat = v / (1 - beta2**t)
+    p.mul_(1 - lr * weight_decay).addcdiv_(m, v_hat.sqrt() + eps, value=-lr / (1 - beta1**t))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import pydoc_data.topics
 import signal
 import sys
 import time
+from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -35,7 +36,7 @@ def fail(message):
 
 
 def load_twin(args):
-    """The module model_torch or model_mlx, and in args.device the device that it will use."""
+    """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
     except ModuleNotFoundError as error:
@@ -43,6 +44,10 @@ def load_twin(args):
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out} can't be made a folder ({error.strerror}): name another")
     return net
 
 
@@ -116,7 +121,7 @@ def fetch(file, md5, *urls):
             if hashlib.md5(part.read_bytes()).hexdigest() != md5:
                 raise OSError("the file is not the expected one (MD5 differs)")
             return part.replace(path)
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             part.unlink(missing_ok=True)
             print(f"{url}: {error}", file=sys.stderr)
     fail(f"{file} could not be downloaded: put it at {path}, or set DATA_DIR to the folder that has it")
@@ -240,8 +245,8 @@ def main():
     train, val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]  # the last tenth is held out
     if len(val) <= T:
         fail(f"{len(ids)} tokens are too few for a context of {T}: lower --block-size or have {10 * T + 10}")
-    if not 0 < len(tokenizer.encode(args.prompt)) <= T:
-        fail(f"--prompt must have 1 to {T} tokens, the context of the model: it has {len(tokenizer.encode(args.prompt))}")
+    if not 0 < (n := len(tokenizer.encode(args.prompt))) <= T:
+        fail(f"--prompt must have 1 to {T} tokens, the context of the model: it has {n}")
     if saved:
         config = net.Config(**saved["config"])
     else:
@@ -249,7 +254,6 @@ def main():
         config = net.Config(T, tokenizer.vocab_size, dropout=args.dropout, optimizer=args.optimizer, **shape)
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
     start = trainer.load(ckpt) if saved else 0
-    args.out.mkdir(parents=True, exist_ok=True)
     params = sum(w.size for w in net.get_weights(trainer.model).values())
     print(f"gpt: {args.backend} on {args.device}, {params:,} parameters; {args.data or 'manual of Python'}: "
           f"{len(train):,} tokens to train on, {len(val):,} held out; files go to {args.out}", flush=True)

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import zlib
+from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -43,7 +44,7 @@ def fail(message):
 
 
 def load_twin(args):
-    """The module model_torch or model_mlx, and in args.device the device that it will use."""
+    """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
     except ModuleNotFoundError as error:
@@ -51,6 +52,10 @@ def load_twin(args):
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out} can't be made a folder ({error.strerror}): name another")
     return net
 
 
@@ -124,14 +129,13 @@ def fetch(file, md5, *urls):
             if hashlib.md5(part.read_bytes()).hexdigest() != md5:
                 raise OSError("the file is not the expected one (MD5 differs)")
             return part.replace(path)
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             part.unlink(missing_ok=True)
             print(f"{url}: {error}", file=sys.stderr)
     fail(f"{file} could not be downloaded: put it at {path}, or set DATA_DIR to the folder that has it")
 
 
-# ---- data --------------------------------------------------------------------------------------------------------
-
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 IDX = {  # the two homes of each set, and the MD5 sums of its four files
     "mnist": (
@@ -340,7 +344,6 @@ def main():
             fail(f"{ckpt} was trained on other data: repeat the --task and --data of that run")
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
     start = trainer.load(ckpt) if saved else 0
-    args.out.mkdir(parents=True, exist_ok=True)
     params = sum(w.size for w in net.get_weights(trainer.model).values())
     print(f"mlp: {args.backend} on {args.device}, {params:,} parameters; {args.data or args.task}: {len(x_train):,} to "
           f"train on, {len(x_val):,} held out; files go to {args.out}", flush=True)

@@ -23,6 +23,7 @@ FLAGS = [  # arguments that every folder refuses, and a word of the reason
     (["--device", "tpu"], "--device tpu"),
     (["--nonsense"], "--nonsense"),
     (["--resume", "--out", "nowhere"], "no checkpoint"),
+    (["--out", "train.py"], "--out"),
 ]
 OWN = {  # arguments that one folder refuses; FILES are written beforehand
     "mlp": [

@@ -70,8 +70,8 @@ def test_against_torch_layers():
                                            batch_first=True, norm_first=True)  # fmt: skip
         names = {"self_attn.in_proj_": "attn.c_attn.", "self_attn.out_proj.": "attn.c_proj.", "norm1.": "ln_1."}
         names |= {"linear1.": "mlp.c_fc.", "linear2.": "mlp.c_proj.", "norm2.": "ln_2."}
-        kinds = [(theirs + kind, f"h.{i}.{ours}{kind}") for theirs, ours in names.items() for kind in ("weight", "bias")]
-        layer.load_state_dict({theirs: w[ours] for theirs, ours in kinds})
+        pairs = [(theirs, f"h.{i}.{ours}") for theirs, ours in names.items()]
+        layer.load_state_dict({theirs + kind: w[ours + kind] for theirs, ours in pairs for kind in ("weight", "bias")})
         x = layer(x, src_mask=nn.Transformer.generate_square_subsequent_mask(24), is_causal=True)
     expected = nn.functional.layer_norm(x, (16,), w["ln_f.weight"], w["ln_f.bias"]) @ w["wte.weight"].T
     torch.testing.assert_close(model(idx), expected, atol=1e-4, rtol=1e-4)
