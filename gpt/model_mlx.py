@@ -44,21 +44,19 @@ GPT2 = {
 
 
 class KVCache:
-    """Keys and values of the positions read so far, a pair of arrays a layer, made once and written in place."""
+    """Keys and values of the positions read so far: an array a layer, made once and written in place."""
 
     def __init__(self, model, batch_size):
         config, like = model.config, model.wte.weight
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k = [mx.zeros(shape, like.dtype) for _ in range(config.n_layer)]
-        self.v = [mx.zeros(shape, like.dtype) for _ in range(config.n_layer)]
+        shape = (2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.kv = [mx.zeros(shape, like.dtype) for _ in range(config.n_layer)]
         self.length = 0
 
-    def append(self, layer, k, v):
-        """Write k, v (B, n_head, T, head_size) behind the others; returns all of them, (B, n_head, S, head_size)."""
-        end = self.length + k.shape[2]
-        self.k[layer][:, :, self.length : end] = k
-        self.v[layer][:, :, self.length : end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+    def append(self, layer, kv):
+        """Write kv (2, B, n_head, T, head_size) behind the others; returns all of them, (2, B, n_head, S, head_size)."""
+        end = self.length + kv.shape[3]
+        self.kv[layer][:, :, :, self.length : end] = kv
+        return self.kv[layer][:, :, :, :end]
 
 
 class CausalSelfAttention(nn.Module):
@@ -70,10 +68,11 @@ class CausalSelfAttention(nn.Module):
 
     def __call__(self, x, layer, cache):
         B, T, C = x.shape
-        q, k, v = mx.split(self.c_attn(x), 3, axis=-1)  # (B, T, C) each
-        q, k, v = (a.reshape(B, T, self.n_head, -1).swapaxes(1, 2) for a in (q, k, v))  # (B, n_head, T, head_size)
+        qkv = self.c_attn(x).reshape(B, T, 3, self.n_head, -1).transpose(2, 0, 3, 1, 4)
+        q, kv = qkv[0], qkv[1:]  # (B, n_head, T, head_size), (2, B, n_head, T, head_size)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            kv = cache.append(layer, kv)
+        k, v = kv[0], kv[1]
         # query t comes after S - T older keys, and sees the keys 0 ... S - T + t. MLX's "causal" is just that; torch's
         # is_causal lines queries and keys up at their starts, and needs a mask where there are older keys
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask="causal")
@@ -117,8 +116,7 @@ class GPT(nn.Module):
     def __call__(self, idx, cache=None):
         """idx (B, T) -> logits (B, T, V). With a cache, idx goes on from it and only the last come: (B, 1, V)."""
         start = cache.length if cache is not None else 0
-        pos = mx.arange(start, start + idx.shape[1])
-        x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
+        x = self.drop(self.wte(idx) + self.wpe.weight[start : start + idx.shape[1]])  # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache)
         if cache is not None:
@@ -207,7 +205,7 @@ def orthogonalize(g):
 
 
 def get_weights(model):
-    """Every parameter as numpy, {name: array}."""
+    """Every parameter as numpy, {name: array}, a copy."""
     return {name: np.array(p) for name, p in tree_flatten(model.parameters())}
 
 
@@ -259,7 +257,7 @@ class Trainer:
         """One update on x (B, T) int64 and y, x moved on by one; returns {"loss"}, nats a token before the update."""
         x, y = self.arrays(x, y)
         self.t += 1
-        mx.random.seed(self.seed + 1_000_003 * self.t)  # for dropout
+        mx.random.seed(self.seed + 1_000_003 * self.t)  # for dropout, the one thing that the framework draws
         self.model.train()
         loss, grads = nn.value_and_grad(self.model, lambda x, y: loss_fn(self.model(x), y))(x, y)
         grads, _ = optim.clip_grad_norm(grads, 1.0)

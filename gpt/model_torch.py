@@ -43,21 +43,19 @@ GPT2 = {
 
 
 class KVCache:
-    """Keys and values of the positions read so far, a pair of arrays a layer, made once and written in place."""
+    """Keys and values of the positions read so far: an array a layer, made once and written in place."""
 
     def __init__(self, model, batch_size):
         config, like = model.config, model.wte.weight
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k = [like.new_zeros(shape) for _ in range(config.n_layer)]
-        self.v = [like.new_zeros(shape) for _ in range(config.n_layer)]
+        shape = (2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.kv = [like.new_zeros(shape) for _ in range(config.n_layer)]
         self.length = 0
 
-    def append(self, layer, k, v):
-        """Write k, v (B, n_head, T, head_size) behind the others; returns all of them, (B, n_head, S, head_size)."""
-        end = self.length + k.shape[2]
-        self.k[layer][:, :, self.length : end] = k
-        self.v[layer][:, :, self.length : end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+    def append(self, layer, kv):
+        """Write kv (2, B, n_head, T, head_size) behind the others; returns all of them, (2, B, n_head, S, head_size)."""
+        end = self.length + kv.shape[3]
+        self.kv[layer][:, :, :, self.length : end] = kv
+        return self.kv[layer][:, :, :, :end]
 
 
 class CausalSelfAttention(nn.Module):
@@ -69,10 +67,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, layer, cache):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
-        q, k, v = (a.reshape(B, T, self.n_head, -1).swapaxes(1, 2) for a in (q, k, v))  # (B, n_head, T, head_size)
+        qkv = self.c_attn(x).reshape(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        q, kv = qkv[0], qkv[1:]  # (B, n_head, T, head_size), (2, B, n_head, T, head_size)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            kv = cache.append(layer, kv)
+        k, v = kv[0], kv[1]
         # query t comes after S - T older keys, and sees the keys 0 ... S - T + t. MLX's "causal" is just that; torch's
         # is_causal lines queries and keys up at their starts, and needs a mask where there are older keys
         S = k.shape[2]
@@ -118,8 +117,7 @@ class GPT(nn.Module):
     def forward(self, idx, cache=None):
         """idx (B, T) -> logits (B, T, V). With a cache, idx goes on from it and only the last come: (B, 1, V)."""
         start = cache.length if cache is not None else 0
-        pos = torch.arange(start, start + idx.shape[1], device=idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
+        x = self.drop(self.wte(idx) + self.wpe.weight[start : start + idx.shape[1]])  # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache)
         if cache is not None:
@@ -148,7 +146,7 @@ def sample(logits, u, temperature, top_k, top_p):
     return token.gather(-1, rank)[:, 0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
     """Go on from the prompt idx (B, T): yields one (B,) of tokens for each row of u (n, B), uniform from [0, 1).
 
@@ -210,8 +208,8 @@ def orthogonalize(g):
 
 
 def get_weights(model):
-    """Every parameter as numpy, {name: array}."""
-    return {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+    """Every parameter as numpy, {name: array}, a copy."""
+    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
 
 
 def set_weights(model, weights):
@@ -260,7 +258,7 @@ class Trainer:
         """One update on x (B, T) int64 and y, x moved on by one; returns {"loss"}, nats a token before the update."""
         x, y = self.arrays(x, y)
         self.t += 1
-        torch.manual_seed(self.seed + 1_000_003 * self.t)  # for dropout
+        torch.manual_seed(self.seed + 1_000_003 * self.t)  # for dropout, the one thing that the framework draws
         self.model.train()
         self.model.zero_grad()
         loss = loss_fn(self.model(x), y)

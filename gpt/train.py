@@ -131,10 +131,11 @@ def fetch(file, md5, *urls):
 
 
 def load_text(name):
-    """The text of a public set, of a file, or, for no name, the paragraphs of Python's manual, each once."""
+    """The text of a public set, of a file, or, for no name, of Python's manual: no rulers, and each paragraph once."""
     if not name:
-        topics = pydoc_data.topics.topics
-        return "\n\n".join(dict.fromkeys("\n\n".join(topics[key] for key in sorted(topics)).split("\n\n")))
+        lines = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())).split("\n")
+        paragraphs = "\n".join(line for line in lines if not line or set(line) - set("*=-~^")).split("\n\n")
+        return "\n\n".join(dict.fromkeys(paragraphs))
     if name == "tinyshakespeare":
         home = "karpathy/char-rnn@master/data/tinyshakespeare/input.txt"
         raw = f"https://raw.githubusercontent.com/{home.replace('@', '/')}"
@@ -213,7 +214,7 @@ def main():
     parser.add_argument("--block-size", type=int, default=128, help="the context in tokens")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
-    parser.add_argument("--steps", type=int, default=700, help="0: only evaluate and write")
+    parser.add_argument("--steps", type=int, default=600, help="0: only evaluate and write")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, help="the highest rate (default: muon 0.01, adamw 0.004)")
     parser.add_argument("--warmup", type=int, default=30, help="steps in which the rate rises")

@@ -140,7 +140,7 @@ def adam(p, g, lr, t, m, v, beta1=0.9, beta2=0.999, eps=1e-8):
 
 
 def get_weights(model):
-    """Every parameter as numpy, {name: array}."""
+    """Every parameter as numpy, {name: array}, a copy."""
     return {name: np.array(p) for name, p in tree_flatten(model.parameters())}
 
 

@@ -139,8 +139,8 @@ def adam(p, g, lr, t, m, v, beta1=0.9, beta2=0.999, eps=1e-8):
 
 
 def get_weights(model):
-    """Every parameter as numpy, {name: array}."""
-    return {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+    """Every parameter as numpy, {name: array}, a copy."""
+    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
 
 
 def set_weights(model, weights):
@@ -185,7 +185,8 @@ class Trainer:
         else:
             self.optimizer = torch.optim.SGD(params, momentum=0.9 if config.optimizer == "momentum" else 0.0)
         for p in params:
-            self.optimizer.state[p] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in self.moments}}
+            zeros = {key: torch.zeros_like(p) for key in self.moments}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
 
     def arrays(self, x, y):
         """Numpy to the framework. Labels are checked first: MLX would read past the end of an array without a word."""
@@ -257,7 +258,7 @@ class Trainer:
         set_weights(self.model, arrays)
         self.t = meta["step"]
         for name, p in self.model.named_parameters():
-            self.optimizer.state[p]["step"] = torch.tensor(float(self.t))
+            self.optimizer.state[p]["step"].fill_(self.t)
             for letter, key in zip("mv", self.moments):
                 self.optimizer.state[p][key] = torch.from_numpy(arrays[f"{letter}.{name}"]).to(self.device)
         return self.t

@@ -5,7 +5,7 @@
 """Train the multilayer perceptron:  python train.py [--backend mlx] [--task binary] [--data mnist] [--grad by-hand]
 
 Tasks: spiral (three arms, 3 classes), binary (two moons), regression (a noisy sine), digits (drawn, 28x28).
---data: mnist, fashion, or your own CSV with a header line: numeric features, then the target as the last column.
+--data: mnist or fashion (28x28 again), or your own CSV: a header line, numeric features, the target as last column.
 """
 
 import argparse
@@ -216,19 +216,18 @@ def read_csv(path, loss):
         fail(f"{path} is no CSV of numbers ({error}): a header, then features and target, none of them missing")
     if table.shape[0] < 10 or table.shape[1] < 2 or not np.isfinite(table).all():
         fail(f"{path} must have a header, 10 lines or more and 2 columns or more, all of them numbers with no gap")
-    x, y = table[:, :-1], table[:, -1:]
-    x = (x - x.mean(0)) / (x.std(0) + 1e-8)
+    x, y, held = table[:, :-1], table[:, -1:], np.arange(len(table)) % 5 == 4
+    x = (x - x[~held].mean(0)) / (x[~held].std(0) + 1e-8)
     if loss != "mse":
         y = y[:, 0].astype(int)
         if (y != table[:, -1]).any() or y.min() < 0 or (loss == "binary_cross_entropy" and y.max() > 1):
             fail(f"{path}: the last column must hold class numbers from 0 up (0 or 1 for --task binary)")
-    held = np.arange(len(x)) % 5 == 4
     return x[~held], y[~held], x[held], y[held]
 
 
 def load_data(args):
     """x_train, y_train, x_val, y_val: x (N, n_in) float32; y (N,) class numbers, or (N, 1) float32."""
-    if args.data in ("mnist", "fashion"):
+    if args.data in IDX:
         data = load_idx(args.data)
     elif args.data:
         data = read_csv(args.data, args.loss)
@@ -324,7 +323,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().with_name("out"))
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
     parser.add_argument("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best there is)")
-    parser.set_defaults(**TASKS[parser.parse_known_args()[0].task])
+    asked = parser.parse_known_args()[0]
+    parser.set_defaults(**TASKS["digits" if asked.data in IDX else asked.task])
     args = parser.parse_args()
     if args.steps < 0 or args.batch_size < 1 or not 0 < args.lr < math.inf or min(args.hidden, default=1) < 1:
         fail("--steps must be 0 or more, --batch-size and --hidden 1 or more, --lr more than 0")

@@ -96,12 +96,12 @@ def test_cache(backend, chunks):
     idx = np.random.default_rng(0).integers(0, 29, (3, 24))
     whole = np.array(model(array(backend, idx)).tolist())
     cache, at = net.KVCache(model, 3), 0
-    before = [id(k) for k in cache.k]
+    before = [id(kv) for kv in cache.kv]
     for n in chunks:
         at += n
         logits = np.array(model(array(backend, idx[:, at - n : at]), cache).tolist())
         np.testing.assert_allclose(logits[:, 0], whole[:, at - 1], atol=1e-4)
-    assert cache.length == 24 and [id(k) for k in cache.k] == before
+    assert cache.length == 24 and [id(kv) for kv in cache.kv] == before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
