@@ -52,7 +52,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer, kv):
-        """Write kv (2, B, n_head, T, head_size) behind the others; returns all of them, (2, B, n_head, S, head_size)."""
+        """Write kv (2, B, n_head, T, head_size) behind the others; returns all of them (2, B, n_head, S, head_size)."""
         end = self.length + kv.shape[3]
         self.kv[layer][:, :, :, self.length : end] = kv
         return self.kv[layer][:, :, :, :end]
