@@ -176,7 +176,8 @@ class GPT2Tokens:
 
             self.encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:
-            fail(f"--tokenizer gpt2 needs pip install tiktoken, and its files once from the net ({error})")
+            need = "tiktoken, and once the net for its two files, or TIKTOKEN_CACHE_DIR set to where they are"
+            fail(f"--tokenizer gpt2 needs {need} ({type(error).__name__})")
         self.vocab_size, self.decode = self.encoding.n_vocab, self.encoding.decode_single_token_bytes
 
     def encode(self, text):

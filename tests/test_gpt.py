@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from folders import BACKENDS, load, make_trainer
+from folders import BACKENDS, copy_alone, load, make_trainer, run
 
 GOLDEN = Path(__file__).parent / "golden/gpt2-tiny"
 TORCH, MLX = load("gpt", "torch"), load("gpt", "mlx")
@@ -240,3 +240,33 @@ def test_sizes(size, millions):
     with torch.device("meta"):
         model = TORCH.GPT(TORCH.Config(**TORCH.GPT2[size]))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_tokenizer_without_its_files(tmp_path, monkeypatch):
+    """tiktoken downloads GPT-2's tokens once; where it cannot, one line says what is needed."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
+    code, out, err = run(copy_alone("gpt", tmp_path / "gpt"), "mlx", "--tokenizer", "gpt2", "--steps", "1")
+    assert code == 2 and len(err.splitlines()) == 1 and "TIKTOKEN_CACHE_DIR" in err, err
+
+
+def test_optimizers_and_shapes_of_the_command_line(tmp_path):
+    """The flags that shape the model and its training reach it."""
+    folder = copy_alone("gpt", tmp_path / "gpt")
+    (folder / "own.txt").write_text("abcdefgh \n" * 400, encoding="utf-8")
+    flags = "--data own.txt --steps 3 --n-layer 3 --n-head 2 --n-embd 8 --block-size 6 --dropout 0.1 --optimizer adamw"
+    more = "--decay cosine --warmup 2 --prompt ab --tokens 9 --temperature 0 --top-k 3 --top-p 0.9 --lr 0.001"
+    code, out, err = run(folder, "mlx", *flags.split(), *more.split())
+    assert code == 0, err
+    with np.load(folder / "out/ckpt.npz") as f:
+        meta, names = json.loads(str(f["meta"])), set(f.files)
+    shape = dict(block_size=6, vocab_size=10, n_layer=3, n_head=2, n_embd=8, dropout=0.1, optimizer="adamw")
+    assert shape.items() <= meta["config"].items() and meta["alphabet"] == "\n abcdefgh"
+    assert "h.2.attn.c_attn.weight" in names and "h.3.attn.c_attn.weight" not in names
+    assert len((folder / "out/sample.txt").read_text(encoding="utf-8")) == 11
+    again = ["--data", "own.txt", "--steps", "0", "--resume", "--tokens", "5"]
+    code, out, err = run(folder, "torch", *again)
+    assert code == 2 and "alphabet" in err  # the default prompt has a capital letter
+    code, out, err = run(folder, "torch", *again, "--prompt", "a")
+    assert code == 0 and json.loads(out.splitlines()[-1].removeprefix("result "))["steps"] == 0
