@@ -7,16 +7,16 @@ An autoencoder presses x through a few numbers z and out again. Fed a spoilt x a
 
 A VAE is a model of pictures: z ~ N(0, I), then x ~ p(x|z), which is one of
     bernoulli    log p(x|z) = sum over pixels of x log sigmoid(s) + (1 - x) log(1 - sigmoid(s))
-    gaussian     log p(x|z) = sum over pixels of -(x - sigmoid(s))^2 / (2 noise^2) - log(noise sqrt(2 pi))
-Its log p(x) is an integral over all z. The encoder's q(z|x) = N(mu, sigma^2), sigma^2 = e^logvar, looks where z matters;
+    gaussian     log p(x|z) = sum over pixels of -(x - sigmoid(s))^2 / (2 std^2) - log(std sqrt(2 pi))
+log p(x) is an integral over all z. The encoder's q(z|x) = N(mu, sigma^2), sigma^2 = e^logvar, looks where z matters;
 the logarithm is concave (Jensen), so that a mean of logarithms bounds it from below, the evidence lower bound (ELBO):
     log p(x) = log E_q[p(x|z) p(z) / q(z|x)]  >=  E_q[log p(x|z)] - KL,    KL = E_q[log q(z|x) - log p(z)]
-One sample z = mu + sigma eps estimates the first term, and as eps is data, gradients reach mu and sigma through z. The KL
-needs no sample. In each dimension, with E[eps] = 0 and E[eps^2] = 1,
+One sample z = mu + sigma eps estimates the first term; as eps is data, gradients pass through z to mu and sigma.
+The KL needs no sample: in each dimension, with E[eps] = 0 and E[eps^2] = 1,
     log q(z|x) = -log sqrt(2 pi) - log sigma - eps^2 / 2        log p(z) = -log sqrt(2 pi) - (mu + sigma eps)^2 / 2
     KL         = E[-log sigma - eps^2 / 2 + (mu + sigma eps)^2 / 2]  =  (mu^2 + sigma^2 - 1 - log sigma^2) / 2
-The loss is -E_q[log p(x|z)] + beta KL, in nats an image: with beta = 1 it is the negative ELBO. The KL is also what z costs:
-a code for z is about KL / log 2 bits long. A larger beta buys a shorter one at the price of the picture.
+The loss is -E_q[log p(x|z)] + beta KL in nats an image, with beta = 1 the negative ELBO. The KL is also the price of z:
+a code for it is about KL / log 2 bits long, and a larger beta buys shorter ones at the expense of the picture.
 
 Hinton and Salakhutdinov 2006, "Reducing the dimensionality of data with neural networks"; Kingma and Welling 2014,
 "Auto-encoding variational Bayes"; Higgins et al. 2017, "beta-VAE"; Vincent et al. 2008, on denoising.
@@ -41,7 +41,7 @@ class Config:
     net: str = "linear"  # linear, or conv: each layer halves height and width
     model: str = "vae"  # vae or ae
     likelihood: str = "bernoulli"  # bernoulli or gaussian
-    noise: float = 0.1  # the gaussian's standard deviation
+    std: float = 0.1  # the gaussian's standard deviation
     beta: float = 1.0  # weight of the KL
 
 
@@ -54,7 +54,7 @@ class Conv(nn.Module):
         self.stride = stride
 
     def forward(self, x):
-        # torch wants (B, n, H, W), as views that move nothing in memory; MLX would want the weight as (m, size, size, n)
+        # torch wants x as (B, n, H, W), a view that moves nothing in memory; MLX the weight as (m, size, size, n)
         y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, self.stride, padding=1)
         return y.permute(0, 2, 3, 1)
 
@@ -154,12 +154,12 @@ def log_likelihood(s, y, config):
     if config.likelihood == "bernoulli":
         each = y * s - F.softplus(s)  # y log sigmoid(s) + (1 - y) log(1 - sigmoid(s)), and e^s never overflows
     else:
-        each = -((y - torch.sigmoid(s)) ** 2) / (2 * config.noise**2) - math.log(config.noise * math.sqrt(2 * math.pi))
+        each = -((y - torch.sigmoid(s)) ** 2) / (2 * config.std**2) - math.log(config.std * math.sqrt(2 * math.pi))
     return each.reshape(len(y), -1).sum(-1)
 
 
 def loss_fn(model, x, y, eps):
-    """-log p(y|z) and the KL, each the mean over the batch, for z from x: their sum is the negative ELBO where y = x."""
+    """-log p(y|z) for z from x, and the KL: means over the batch. Where y = x, their sum is the negative ELBO."""
     s, kl = model(x, eps)
     return -log_likelihood(s, y, model.config).mean(), kl.mean()
 
@@ -181,7 +181,7 @@ def set_weights(model, weights):
 
 
 def init_weights(model, seed):
-    """Biases 0; weights N(0, 2/n_in), n_in inputs an output (He et al. 2015), and a tenth of that into mu and logvar."""
+    """Biases 0; weights N(0, 2/n_in), n_in inputs an output (He et al. 2015), a tenth of it for mu and logvar."""
     rng, weights = np.random.default_rng(seed), get_weights(model)
     for name, w in sorted(weights.items()):
         if name.endswith("weight"):
@@ -216,7 +216,7 @@ class Trainer:
         return [torch.from_numpy(a).to(self.device) for a in arrays]
 
     def step(self, x, y, eps, lr):
-        """One update: from x to y (B, H, W, C) float32 in [0, 1], eps (B, latent); {"loss"} before it, nats an image."""
+        """One update, x to y (B, H, W, C) float32 in [0, 1], eps (B, latent); {"loss"} before it, nats an image."""
         x, y, eps = self.arrays(x, y, eps)
         self.t += 1
         self.optimizer.param_groups[0]["lr"] = lr
@@ -229,16 +229,18 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, x, y, eps):
-        """{"nelbo", "kl"} in nats an image on x, y (B, H, W, C) and eps (B, latent); an autoencoder's KL is 0."""
+        """{"nelbo", "kl"} or, without a KL, {"val_loss"}: nats an image, for x, y (B, H, W, C), eps (B, latent)."""
         nll, kl = loss_fn(self.model, *self.arrays(x, y, eps))
-        return {"nelbo": nll + kl, "kl": kl}
+        return {"nelbo": nll + kl, "kl": kl} if self.config.model == "vae" else {"val_loss": nll}
 
     @torch.no_grad()
     def encode(self, x):
         """x (B, H, W, C) -> numpy mu and sigma (B, latent); an autoencoder's sigma is 0."""
         z = self.model.encoder(*self.arrays(x))
-        mu, sigma = (z[:, : self.config.latent], torch.exp(z[:, self.config.latent :] / 2))
-        return mu.cpu().numpy(), (sigma if self.config.model == "vae" else torch.zeros_like(mu)).cpu().numpy()
+        if self.config.model == "ae":
+            return z.cpu().numpy(), torch.zeros_like(z).cpu().numpy()
+        mu, logvar = z.chunk(2, -1)
+        return mu.cpu().numpy(), torch.exp(logvar / 2).cpu().numpy()
 
     @torch.no_grad()
     def decode(self, z):
