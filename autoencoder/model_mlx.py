@@ -117,7 +117,7 @@ class ConvDecoder(nn.Module):
         """z (B, latent) -> s (B, H, W, C)"""
         x = self.inp(z).reshape(-1, *self.small)
         for layer in self.layers:
-            x = nn.silu(x).repeat(2, 1).repeat(2, 2)  # each pixel four times
+            x = mx.repeat(mx.repeat(nn.silu(x), 2, 1), 2, 2)  # each pixel four times
             x = layer(x)
         return x
 

@@ -116,7 +116,7 @@ class ConvDecoder(nn.Module):
         """z (B, latent) -> s (B, H, W, C)"""
         x = self.inp(z).reshape(-1, *self.small)
         for layer in self.layers:
-            x = F.silu(x).repeat_interleave(2, 1).repeat_interleave(2, 2)  # each pixel four times
+            x = torch.repeat_interleave(torch.repeat_interleave(F.silu(x), 2, 1), 2, 2)  # each pixel four times
             x = layer(x)
         return x
 

@@ -259,7 +259,7 @@ def load_data(args):
     elif args.data == "flowers":
         (train, _), (test, labels) = (make_flowers(n, args.size, args.seed + i) for i, n in enumerate((10000, 1000)))
     elif args.data == "digits":
-        (train, _), (test, labels) = make_digits(20000, args.seed), make_digits(2000, args.seed + 1)
+        (train, _), (test, labels) = make_digits(10000, args.seed), make_digits(2000, args.seed + 1)
     else:
         train, _, test, labels = load_folder(args.data, args.size)
     return (train, test, labels) if train.ndim == 4 else (train[..., None], test[..., None], labels)
