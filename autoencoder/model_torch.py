@@ -206,7 +206,7 @@ class Trainer:
         self.model = (VAE if config.model == "vae" else Autoencoder)(config).to(self.device)
         init_weights(self.model, seed)
         params = list(self.model.parameters())
-        self.optimizer = torch.optim.Adam(params, fused=True)
+        self.optimizer = torch.optim.Adam(params, betas=(0.9, 0.99), fused=True)
         for p in params:
             self.optimizer.state[p] = {"step": torch.tensor(0.0)}
             self.optimizer.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

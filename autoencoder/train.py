@@ -224,7 +224,7 @@ def load_cifar10():
     home, parts = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", []
     path = fetch("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", home)
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:gz") as tar:
             for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
                 parts.append(tar.extractfile(f"cifar-10-batches-bin/{name}.bin").read())
         rows = np.frombuffer(b"".join(parts), np.uint8).reshape(60000, 3073)  # the label, then red, green and blue
@@ -252,14 +252,15 @@ def load_folder(folder, size):
 
 def load_data(args):
     """Pictures to train on (N, H, W, C) uint8, held-out ones, and the labels of these."""
+    drawn = args.count, args.count // 5
     if args.data in ("mnist", "fashion"):
         train, _, test, labels = load_idx(args.data)
     elif args.data == "cifar10":
         train, _, test, labels = load_cifar10()
     elif args.data == "flowers":
-        (train, _), (test, labels) = (make_flowers(n, args.size, args.seed + i) for i, n in enumerate((10000, 1000)))
+        (train, _), (test, labels) = (make_flowers(n, args.size, args.seed + i) for i, n in enumerate(drawn))
     elif args.data == "digits":
-        (train, _), (test, labels) = make_digits(10000, args.seed), make_digits(2000, args.seed + 1)
+        (train, _), (test, labels) = (make_digits(n, args.seed + i) for i, n in enumerate(drawn))
     else:
         train, _, test, labels = load_folder(args.data, args.size)
     return (train, test, labels) if train.ndim == 4 else (train[..., None], test[..., None], labels)
@@ -321,107 +322,105 @@ def unpack(data):
     return codes.T * step
 
 
+def tile(x, columns, gap=0):
+    """Pictures (N, H, W, C) in rows of `columns` as one sheet (rows (H + gap), columns (W + gap), C) uint8."""
+    N, H, W, C = x.shape
+    sheet = np.full((-(-N // columns), columns, H + gap, W + gap, C), PAPER if gap else 0, np.uint8)
+    sheet.reshape(-1, H + gap, W + gap, C)[:N, :H, :W] = pixels(x)
+    return sheet.swapaxes(1, 2).reshape(-1, columns * (W + gap), C)
+
+
 def rival(form, x, size):
-    """The pictures x after JPEG or WebP at the lowest quality that takes `size` bytes or more, and those bytes.
+    """The pictures x after JPEG or WebP, at the lowest quality that takes `size` bytes or more; and those bytes.
 
     All of them go into one file, as one sheet, so that its header counts once and not for each picture.
     """
     N, H, W, C = x.shape
     columns = math.isqrt(N - 1) + 1
-    sheet = np.zeros((-(-N // columns) * columns, H, W, C), np.uint8)
-    sheet[:N] = pixels(x)
-    sheet = sheet.reshape(-1, columns, H, W, C).swapaxes(1, 2).reshape(-1, columns * W, C)
+    sheet = Image.fromarray(tile(x, columns).squeeze())
 
     def encode(quality):
-        file = io.BytesIO()
-        Image.fromarray(sheet.squeeze()).save(file, form, quality=quality, optimize=True)
-        return file.getvalue()
+        sheet.save(file := io.BytesIO(), form, quality=quality, optimize=True)
+        return file
 
-    data = encode(min(100, bisect.bisect_left(range(101), size, lo=1, key=lambda quality: len(encode(quality)))))
-    image = np.asarray(Image.open(io.BytesIO(data)).convert("L" if C == 1 else "RGB")).reshape(-1, H, columns, W, C)
-    return floats(image.swapaxes(1, 2).reshape(-1, H, W, C)[:N]), len(data)
+    best = encode(min(100, bisect.bisect_left(range(101), size, lo=1, key=lambda quality: encode(quality).tell())))
+    sheet = np.asarray(Image.open(best).convert(sheet.mode)).reshape(-1, H, columns, W, C).swapaxes(1, 2)
+    return floats(sheet.reshape(-1, H, W, C)[:N]), len(best.getvalue())
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 COLOURS = np.array([(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189)] * 2)
-PAPER = (250, 250, 247)
+PAPER = 250
 
 
-def draw_rows(parts, columns=16):
-    """Pictures in rows of `columns`, under captions: {caption: pictures (N, H, W, C)}."""
-    font, side, y, places = ImageFont.load_default(15), 54, 0, []
-    for caption, x in parts.items():
-        places.append(y)
-        y += 28 + -(-len(x) // columns) * side
-    image = Image.new("RGB", (columns * side + 10, y + 8), PAPER)
-    for (caption, x), y in zip(parts.items(), places):
-        ImageDraw.Draw(image).text((6, y + 16), caption, (60, 60, 60), font, anchor="lm")
-        for i, picture in enumerate(pixels(x)):
-            picture = Image.fromarray(picture.squeeze()).resize((side - 2, side - 2), Image.Resampling.BICUBIC)
-            image.paste(picture, (6 + i % columns * side, y + 28 + i // columns * side))
-    return image
+def draw_rows(parts, columns=12):
+    """Pictures in rows under captions: {caption: pictures (N, H, W, C)}."""
+    scale = max(1, round(60 / next(iter(parts.values())).shape[1]))
+    sheets = [tile(x.repeat(scale, 1).repeat(scale, 2), columns, gap=2) for x in parts.values()]
+    heights = [28 + len(sheet) for sheet in sheets]
+    image = Image.new("RGB", (sheets[0].shape[1] + 10, sum(heights) + 6), (PAPER,) * 3)
+    for i, (caption, sheet) in enumerate(zip(parts, sheets)):
+        y, font = sum(heights[:i]), ImageFont.load_default(15)
+        ImageDraw.Draw(image).text((6, y + 14), caption, (60, 60, 60), font, anchor="lm")
+        image.paste(Image.fromarray(sheet.squeeze()), (6, y + 28))
+    return image.convert("L") if sheet.shape[2] == 1 else image
 
 
 def draw_map(trainer, x, labels, n=20):
-    """The plane of two latents: what its points decode to, 1 / n^2 of the prior each, and where the test set lies."""
+    """The plane of two latents: what its points decode to, 1 / n^2 of the prior each; and where the pictures x lie."""
     line = np.array([statistics.NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)], np.float32)
-    z = np.stack(np.meshgrid(line, -line), -1).reshape(-1, 2)
-    image, mu = draw_rows({"": trainer.decode(z)}, n).crop((0, 26, 20 * 54 + 10, 20 * 54 + 36)), trainer.encode(x)[0]
-    both = Image.new("RGB", (2 * image.width, image.height), PAPER)
-    both.paste(image, (0, 0))
-    draw, middle, scale = ImageDraw.Draw(both), np.array([1.5, 0.5]) * image.size, image.height / 2 / 3.5
-    for (u, v), label in zip(mu * [scale, -scale] + middle, labels):
-        if image.width < u:
-            draw.circle((u, v), 4, tuple(COLOURS[label % 10].tolist()))
-    return both.reduce(2)
+    sheet = Image.fromarray(tile(trainer.decode(np.stack(np.meshgrid(line, -line), -1).reshape(-1, 2)), n).squeeze())
+    side = sheet.height
+    image = Image.new("RGB", (4 * side, 2 * side), "white")
+    image.paste(sheet.resize((2 * side, 2 * side)), (0, 0))
+    draw = ImageDraw.Draw(image)
+    for (u, v), label in zip(trainer.encode(x)[0] * [1, -1] * side / 3.5 + [3 * side, side], labels):
+        if u > 2 * side:
+            draw.circle((u, v), 5, tuple(COLOURS[label % 10].tolist()))
+    return image.reduce(2)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
 def show_vae(trainer, train, test, labels, args):
-    """Reconstructions, samples of the prior and walks from one picture to another; {} of figures, and the files."""
+    """Reconstructions, samples of the prior, walks from one picture to another; with two latents also their map."""
+    some = floats(test[:12])
     first = np.unique(labels, return_index=True)[1][:5]  # one of each label
-    mu, share = trainer.encode(floats(test[first]))[0], np.linspace(0, 1, 16, dtype=np.float32)[:, None]
+    mu, share = trainer.encode(floats(test[first]))[0], np.linspace(0, 1, 12, dtype=np.float32)[:, None]
     walks = np.concatenate([a + share * (b - a) for a, b in zip(mu, mu[1:])])
-    prior = np.random.default_rng((args.seed, 3)).standard_normal((96, mu.shape[1]), np.float32)
-    some = floats(test[:16])
+    prior = np.random.default_rng((args.seed, 3)).standard_normal((48, mu.shape[1]), np.float32)
     parts = {"pictures not trained on": some, "and their reconstructions": trainer.reconstruct(some)}
-    parts |= {"drawn from the prior, z ~ N(0, I)": trainer.decode(prior), "walks from z to z": trainer.decode(walks)}
-    draw_rows(parts).save(args.out / "sample.png", optimize=True)
-    if mu.shape[1] != 2:
-        return {}, ["sample.png"]
-    draw_map(trainer, floats(test[:5000]), labels[:5000]).save(args.out / "map.png", optimize=True)
-    return {}, ["sample.png", "map.png"]
+    parts |= {"drawn from the prior, z ~ N(0, I)": trainer.decode(prior), "walks between two z": trainer.decode(walks)}
+    if mu.shape[1] == 2:
+        draw_map(trainer, floats(test[:5000]), labels).save(args.out / "map.png", optimize=True)
+    return {}, parts
 
 
 def show_denoise(trainer, train, test, labels, args):
     """Every test picture with noise, and without: PSNR before and after, and of the median filter."""
     x = floats(test)
     noisy = spoil(x, args.noise, np.random.default_rng((args.seed, 4)))
-    clean, filtered = in_parts(trainer.reconstruct, noisy), median(noisy)
-    figures = {"psnr_noisy": psnr(noisy, x), "psnr": psnr(clean, x), "psnr_median": psnr(filtered, x)}
-    parts = {f"noisy: {figures['psnr_noisy']:.1f} dB": noisy[:32], f"denoised: {figures['psnr']:.1f} dB": clean[:32]}
-    parts |= {f"median filter: {figures['psnr_median']:.1f} dB": filtered[:32], "without noise": x[:32]}
-    draw_rows(parts).save(args.out / "sample.png", optimize=True)
-    return figures, ["sample.png"]
+    answers = {"psnr": (in_parts(trainer.reconstruct, noisy), "denoised"), "psnr_noisy": (noisy, "with noise")}
+    answers["psnr_median"] = median(noisy), "after a median filter"
+    figures = {name: psnr(y, x) for name, (y, _) in answers.items()}
+    parts = {f"{caption}: {figures[name]:.1f} dB": y[:24] for name, (y, caption) in answers.items()}
+    return figures, {"pictures not trained on": x[:24], **parts}
 
 
 def show_compress(trainer, train, test, labels, args):
     """The test set to OUT/test.codes and back; JPEG and WebP get as many bytes or more. The decoder is not counted."""
-    x, file = floats(test), args.out / "test.codes"
-    sigma = trainer.encode(floats(train[:1000]))[1]
+    x, file, sigma = floats(test), args.out / "test.codes", trainer.encode(floats(train[:1000]))[1]
     file.write_bytes(pack(in_parts(lambda x: trainer.encode(x)[0], x), np.sqrt((sigma**2).mean(0))))
-    pictures = {"codes": (in_parts(trainer.decode, unpack(file.read_bytes())), file.stat().st_size)}
-    pictures |= {form: rival(form, x, file.stat().st_size) for form in ("JPEG", "WebP")}
-    figures, parts = {}, {"test pictures, raw": x[:32]}
-    for form, (y, size) in pictures.items():
-        end = "" if form == "codes" else f"_{form.lower()}"
+    size = file.stat().st_size
+    answers = {"": ("latents", in_parts(trainer.decode, unpack(file.read_bytes())), size)}
+    answers |= {f"_{form.lower()}": (form, *rival(form, x, size)) for form in ("JPEG", "WebP")}
+    figures, parts = {}, {"pictures not trained on": x[:24]}
+    for end, (caption, y, size) in answers.items():
         figures |= {f"bytes{end}": round(size / len(x), 2), f"psnr{end}": psnr(y, x)}
-        parts[f"{form}: {size / len(x):.1f} bytes a picture, {figures[f'psnr{end}']:.1f} dB"] = y[:32]
-    draw_rows(parts).save(args.out / "sample.png", optimize=True)
-    return figures, ["sample.png", "test.codes"]
+        parts[f"{caption}: {size / len(x):.1f} bytes a picture, {figures[f'psnr{end}']:.1f} dB"] = y[:24]
+    return figures, parts
 
 
 def main():
@@ -432,6 +431,7 @@ def main():
     parser.add_argument("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch")
     parser.add_argument("--task", choices=TASKS, default="vae")
     parser.add_argument("--data", default="digits", help="digits, flowers, mnist, fashion, cifar10 or a folder")
+    parser.add_argument("--count", type=int, default=10000, help="digits or flowers to draw, and a fifth to hold out")
     parser.add_argument("--size", type=int, default=32, help="height and width of flowers and of a folder's pictures")
     parser.add_argument("--net", choices=["linear", "conv"], default="linear")
     parser.add_argument("--hidden", type=int, nargs="+", help="widths of the layers (default: 512 512; conv: 32 64)")
@@ -452,8 +452,10 @@ def main():
     args.hidden = args.hidden or ([32, 64] if args.net == "conv" else [512, 512])
     if args.steps < 0 or args.batch_size < 1 or not 0 < args.lr < math.inf or min(args.latent, *args.hidden) < 1:
         fail("--steps must be 0 or more, --batch-size, --latent and --hidden 1 or more, --lr more than 0")
-    if not (0 < args.std < math.inf and 0 < args.noise < math.inf and 0 <= args.beta < math.inf and args.size >= 8):
-        fail("--std and --noise must be more than 0, --beta 0 or more, --size 8 or more")
+    if not (0 < args.std < math.inf and 0 < args.noise < math.inf and 0 <= args.beta < math.inf):
+        fail("--std and --noise must be more than 0, --beta 0 or more")
+    if args.size < 8 or args.count < 100:
+        fail("--size must be 8 or more, --count 100 or more")
     args.log_every = max(1, args.steps // 20)
 
     ckpt = args.out / "ckpt.npz"
@@ -496,8 +498,10 @@ def main():
 
     speed = fit(trainer, batch, lambda: evaluate(test[:1000]), lr, args, start)  # the result is of all of them
     show = {"vae": show_vae, "denoise": show_denoise, "compress": show_compress}[args.task]
-    figures, files = show(trainer, train, test, labels, args)
-    files = [str(file) for file in (ckpt, *(args.out / name for name in files)) if file.exists()]
+    figures, parts = show(trainer, train, test, labels, args)
+    draw_rows(parts).save(args.out / "sample.png", optimize=True)
+    files = {"vae": ["map.png"] if config.latent == 2 else [], "compress": ["test.codes"]}.get(args.task, [])
+    files = [str(file) for name in ("ckpt.npz", "sample.png", *files) if (file := args.out / name).exists()]
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
     result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1)}
     print("result " + json.dumps(result | evaluate(test) | figures | {"files": files}))

@@ -98,7 +98,7 @@ FOLDERS = {
         outputs=lambda trainer, x, y, eps: trainer.reconstruct(x),
         lr=0.02,
         overfit=(150, 15.0),
-        smoke=["--steps", "150", "--hidden", "128"],
+        smoke=["--steps", "200", "--hidden", "128", "--count", "2000"],
         learned=("nelbo", "<", 200.0),
         files=["ckpt.npz", "sample.png"],
     ),

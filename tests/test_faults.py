@@ -13,7 +13,7 @@ from folders import BACKENDS, FOLDERS, copy_alone, run, start
 SHORT = {  # a run of a second
     "mlp": ["--steps", "20", "--hidden", "8"],
     "gpt": ["--steps", "4", "--block-size", "16", "--n-layer", "1", "--n-embd", "32", "--tokens", "5"],
-    "autoencoder": ["--steps", "10", "--hidden", "8"],
+    "autoencoder": ["--steps", "10", "--hidden", "8", "--count", "200"],
 }
 FLAGS = [  # arguments that every folder refuses, and a word of the reason
     (["--steps", "-1"], "--steps"),
@@ -64,6 +64,7 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--std", "0"], "--std"),
         (["--noise", "nan"], "--noise"),
         (["--size", "2"], "--size"),
+        (["--count", "0"], "--count"),
         (["--batch-size", "100000"], "more than the"),
         (["--resume", "--task", "denoise"], "another task"),
         (["--data", "mnist"], "train-images"),
