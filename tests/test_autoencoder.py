@@ -34,7 +34,8 @@ def test_kl_by_samples(backend):
     z = mu + np.exp(logvar / 2) * rng.normal(size=(200_000, 6, 4))
     log_q = -((z - mu) ** 2) / (2 * np.exp(logvar)) - logvar / 2
     samples = (log_q + z**2 / 2).sum(-1)
-    kl = np.array(load("autoencoder", backend).kl_divergence(*(array(backend, a) for a in np.float32([mu, logvar]))))
+    kl = load("autoencoder", backend).kl_divergence(*(array(backend, a) for a in np.float32([mu, logvar])))
+    kl = np.array(kl.tolist())
     error = samples.std(0) / math.sqrt(len(samples))
     assert kl.shape == (6,) and kl.min() > 20 * error.max()
     assert (np.abs(kl - samples.mean(0)) < 4.5 * error).all()
@@ -52,18 +53,18 @@ def test_likelihoods(backend):
     }
     for likelihood, p in theirs.items():
         config = net.Config(image=[4, 5, 2], likelihood=likelihood, std=0.3)
-        ours = np.array(net.log_likelihood(array(backend, s), array(backend, y), config))
-        np.testing.assert_allclose(ours, p.log_prob(torch.from_numpy(y)).sum((1, 2, 3)), rtol=1e-5)
+        ours = net.log_likelihood(array(backend, s), array(backend, y), config)
+        np.testing.assert_allclose(ours.tolist(), p.log_prob(torch.from_numpy(y)).sum((1, 2, 3)), rtol=1e-5)
 
 
 def test_elbo():
     """log p(x), summed over a grid of two latents, is the ELBO and KL(q(z|x) || p(z|x)), which the same grid gives."""
     net = load("autoencoder", "torch")
     trainer = make_trainer("autoencoder", 0, "torch", latent=2)
-    arrays = [a[..., :2] if a.ndim == 2 else a for a in batches("autoencoder", 0, 1)[0]]
-    for _ in range(30):
-        trainer.step(*arrays, lr=0.01)
-    x, line = torch.from_numpy(arrays[0][:1]), torch.linspace(-7, 7, 561)
+    images, rng = batches("autoencoder", 0, 1)[0][0], np.random.default_rng(0)
+    for _ in range(60):
+        trainer.step(images, images, rng.standard_normal((16, 2), np.float32), lr=0.01)
+    x, line = torch.from_numpy(images[:1]), torch.linspace(-7, 7, 561)
     z = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).reshape(-1, 2)
     cell = math.log((line[1] - line[0]) ** 2)
     normal = torch.distributions.Normal
@@ -79,9 +80,9 @@ def test_elbo():
     assert q.sum() == pytest.approx(1, abs=1e-3) and gap > 0.01
     assert elbo + gap == pytest.approx(float(log_px), abs=2e-3)
     # and what evaluate says is that ELBO, within the spread of its samples
-    eps = np.random.default_rng(0).standard_normal((4000, 2), np.float32)
-    nelbo = float(trainer.evaluate(*[np.repeat(x.numpy(), 4000, 0)] * 2, eps)["nelbo"])
-    assert nelbo == pytest.approx(-elbo, abs=0.15)
+    many = np.repeat(images[:1], 20_000, 0)
+    nelbo = float(trainer.evaluate(many, many, rng.standard_normal((20_000, 2), np.float32))["nelbo"])
+    assert nelbo == pytest.approx(-elbo, abs=0.1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,11 +146,11 @@ def test_codes_across(train):
 def test_rival(train, form):
     """At least the bytes asked for, and the pictures come back whole and in their order; grey ones too."""
     x = train.floats(train.make_flowers(30, 32, 0)[0])
-    small, big = (train.rival(form, x, size) for size in (5_000, 25_000))
-    assert 5_000 <= small[1] < 6_500 and 25_000 <= big[1] < 32_000
-    assert train.psnr(small[0], x) + 3 < train.psnr(big[0], x)
-    assert min(train.psnr(y, x_i) for y, x_i in zip(big[0], x)) > 24
-    grey, _ = train.rival(form, x[..., :1], 15_000)
+    small, big = (train.rival(form, x, size) for size in (3_000, 10_000))
+    assert 3_000 <= small[1] < 3_500 and 10_000 <= big[1] < 11_000
+    assert train.psnr(small[0], x) + 2 < train.psnr(big[0], x)
+    assert min(train.psnr(y, x_i) for y, x_i in zip(big[0], x)) > 22
+    grey, _ = train.rival(form, x[..., :1], 3_000)
     assert grey.shape == (30, 32, 32, 1) and train.psnr(grey, x[..., :1]) > 25
 
 
