@@ -8,6 +8,9 @@ An autoencoder presses x through a few numbers z and out again. Fed a spoilt x a
 A VAE is a model of pictures: z ~ N(0, I), then x ~ p(x|z), which is one of
     bernoulli    log p(x|z) = sum over pixels of x log sigmoid(s) + (1 - x) log(1 - sigmoid(s))
     gaussian     log p(x|z) = sum over pixels of -(x - sigmoid(s))^2 / (2 std^2) - log(std sqrt(2 pi))
+A grey x under bernoulli stands for all the pictures of black and white in which each pixel is white with probability x:
+the figure is the mean of theirs. So the bound below is one for these pictures, looked at through their grey mean.
+
 log p(x) is an integral over all z. The encoder's q(z|x) = N(mu, sigma^2), sigma^2 = e^logvar, looks where z matters;
 the logarithm is concave (Jensen), so that a mean of logarithms bounds it from below, the evidence lower bound (ELBO):
     log p(x) = log E_q[p(x|z) p(z) / q(z|x)]  >=  E_q[log p(x|z)] - KL,    KL = E_q[log q(z|x) - log p(z)]

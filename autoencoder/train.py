@@ -35,8 +35,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 TASKS = {
     "vae": dict(model="vae", likelihood="bernoulli", latent=20, steps=2000, lr=4e-3),
-    "denoise": dict(model="ae", likelihood="gaussian", latent=64, steps=1500, lr=2e-3),
-    "compress": dict(model="vae", likelihood="gaussian", latent=64, steps=2000, lr=2e-3),
+    "denoise": dict(model="ae", likelihood="gaussian", latent=64, steps=1500, lr=4e-3),
+    "compress": dict(model="vae", likelihood="gaussian", latent=64, std=0.05, steps=2000, lr=4e-3),
 }
 
 # ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
@@ -402,11 +402,11 @@ def show_denoise(trainer, train, test, labels, args):
     """Every test picture with noise, and without: PSNR before and after, and of the median filter."""
     x = floats(test)
     noisy = spoil(x, args.noise, np.random.default_rng((args.seed, 4)))
-    answers = {"psnr": (in_parts(trainer.reconstruct, noisy), "denoised"), "psnr_noisy": (noisy, "with noise")}
-    answers["psnr_median"] = median(noisy), "after a median filter"
+    answers = {"psnr_noisy": (noisy, "with noise"), "psnr_median": (median(noisy), "after a median filter")}
+    answers["psnr"] = in_parts(trainer.reconstruct, noisy), "denoised"
     figures = {name: psnr(y, x) for name, (y, _) in answers.items()}
     parts = {f"{caption}: {figures[name]:.1f} dB": y[:24] for name, (y, caption) in answers.items()}
-    return figures, {"pictures not trained on": x[:24], **parts}
+    return figures, {**parts, "without noise": x[:24]}
 
 
 def show_compress(trainer, train, test, labels, args):
@@ -437,7 +437,7 @@ def main():
     parser.add_argument("--hidden", type=int, nargs="+", help="widths of the layers (default: 512 512; conv: 32 64)")
     parser.add_argument("--latent", type=int, help="numbers that stand for a picture; 2 draws a map")
     parser.add_argument("--likelihood", choices=["bernoulli", "gaussian"], help="of the pixels, given z")
-    parser.add_argument("--std", type=float, default=0.1, help="the gaussian's")
+    parser.add_argument("--std", type=float, default=0.1, help="the gaussian's: less makes longer codes")
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the KL: more makes shorter codes")
     parser.add_argument("--noise", type=float, default=0.3, help="standard deviation of what denoise takes away")
     parser.add_argument("--steps", type=int, help="0: only evaluate and draw")
