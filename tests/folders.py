@@ -44,6 +44,12 @@ def tokens(config, rng):
     return ids[:, :-1], ids[:, 1:]
 
 
+def pictures(config, rng):
+    x = rng.random((16, *config.image), np.float32).round()
+    noisy = (x + rng.normal(0, 0.3, x.shape)).clip(0, 1).astype(np.float32)
+    return noisy if config.model == "ae" else x, x, rng.standard_normal((16, config.latent), np.float32)
+
+
 FOLDERS = {
     "mlp": Folder(
         configs=[
@@ -77,6 +83,24 @@ FOLDERS = {
         smoke=["--steps", "40", "--block-size", "32", "--n-layer", "2", "--n-embd", "64", "--tokens", "100"],
         learned=("val_loss", "<", 2.9),
         files=["ckpt.npz", "sample.txt"],
+    ),
+    "autoencoder": Folder(
+        configs=[
+            dict(image=[8, 6, 1], latent=5, hidden=[48, 24]),
+            dict(image=[4, 6, 3], latent=5, hidden=[40], likelihood="gaussian", std=0.3, beta=2.0),
+            dict(image=[8, 4, 3], latent=6, hidden=[16, 24], net="conv"),
+            dict(image=[4, 8, 1], latent=6, hidden=[8, 12], net="conv", model="ae"),
+            dict(image=[8, 6, 1], latent=5, hidden=[48, 24], model="ae", likelihood="gaussian", std=0.5),
+        ],
+        curve=[100, 100, 50, 50, 100],
+        batch=pictures,
+        loss=lambda net, model, *arrays: sum(net.loss_fn(model, *arrays)),
+        outputs=lambda trainer, x, y, eps: trainer.reconstruct(x),
+        lr=0.02,
+        overfit=(150, 15.0),
+        smoke=["--steps", "200", "--hidden", "128", "--count", "2000"],
+        learned=("nelbo", "<", 235.0),
+        files=["ckpt.npz", "sample.png"],
     ),
 }
 CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]

@@ -13,6 +13,7 @@ from folders import BACKENDS, FOLDERS, copy_alone, run, start
 SHORT = {  # a run of a second
     "mlp": ["--steps", "20", "--hidden", "8"],
     "gpt": ["--steps", "4", "--block-size", "16", "--n-layer", "1", "--n-embd", "32", "--tokens", "5"],
+    "autoencoder": ["--steps", "10", "--hidden", "8", "--count", "200"],
 }
 FLAGS = [  # arguments that every folder refuses, and a word of the reason
     (["--steps", "-1"], "--steps"),
@@ -51,6 +52,24 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--top-p", "0"], "--top-p"),
         (["--top-k", "0"], "--top-k"),
     ],
+    "autoencoder": [
+        (["--task", "dream"], "invalid choice"),
+        (["--data", "missing"], "a folder of 20"),
+        (["--data", "few"], "a folder of 20"),
+        (["--data", "broken"], "is no picture"),
+        (["--hidden", "0"], "--hidden"),
+        (["--net", "conv", "--hidden", "8", "8", "8"], "28 x 28"),
+        (["--latent", "0"], "--latent"),
+        (["--beta", "-1"], "--beta"),
+        (["--std", "0"], "--std"),
+        (["--noise", "nan"], "--noise"),
+        (["--size", "2"], "--size"),
+        (["--count", "0"], "--count"),
+        (["--batch-size", "100000"], "more than the"),
+        (["--resume", "--task", "denoise"], "another task"),
+        (["--data", "mnist"], "train-images"),
+        (["--data", "cifar10"], "cifar-10-binary.tar.gz"),
+    ],
 }
 FILES = {
     "empty": b"",
@@ -59,6 +78,9 @@ FILES = {
     "short.txt": b"too short to learn from",
     "gap.csv": b"a,b,c\n" + b"1,2,0\n" * 10 + b"1,nan,0\n",
     "half.csv": b"a,b,c\n" + b"1,2,0.5\n" * 20,
+    "few/one.png": b"",
+    **{f"broken/{i}.png": b"\x89PNG\r\n\x1a\n and then nothing" for i in range(20)},
+    "data/cifar-10-binary.tar.gz": gzip.compress(b"no archive" * 100),
     "data/mnist/train-images-idx3-ubyte.gz": gzip.compress(b"\0\0\x08\x03" + b"\0" * 5000)[:60],
 }
 

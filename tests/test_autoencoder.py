@@ -1,0 +1,236 @@
+"""The mathematics of autoencoder/ against other ways to the same figures; its codes, rivals, data and tasks."""
+
+import importlib.util
+import io
+import json
+import math
+import tarfile
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from folders import BACKENDS, ROOT, batches, copy_alone, load, make_trainer, run
+from PIL import Image
+
+
+def array(backend, x):
+    return torch.from_numpy(x) if backend == "torch" else mx.array(x)
+
+
+@pytest.fixture(scope="module")
+def train():
+    spec = importlib.util.spec_from_file_location("autoencoder_train", ROOT / "autoencoder/train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kl_by_samples(backend):
+    """The closed form lies within the error of the mean of log q(z) - log p(z) over 200,000 samples of q."""
+    rng = np.random.default_rng(0)
+    mu, logvar = rng.normal(size=(2, 6, 4))
+    z = mu + np.exp(logvar / 2) * rng.normal(size=(200_000, 6, 4))
+    log_q = -((z - mu) ** 2) / (2 * np.exp(logvar)) - logvar / 2
+    samples = (log_q + z**2 / 2).sum(-1)
+    kl = load("autoencoder", backend).kl_divergence(*(array(backend, a) for a in np.float32([mu, logvar])))
+    kl = np.array(kl.tolist())
+    error = samples.std(0) / math.sqrt(len(samples))
+    assert kl.shape == (6,) and kl.min() > 20 * error.max()
+    assert (np.abs(kl - samples.mean(0)) < 4.5 * error).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_likelihoods(backend):
+    """Bernoulli and Gaussian as torch.distributions has them, at logits far out too."""
+    net, rng = load("autoencoder", backend), np.random.default_rng(0)
+    s, y = np.float32(rng.normal(0, 30, (3, 4, 5, 2))), np.float32(rng.integers(0, 2, (3, 4, 5, 2)))
+    logits = torch.from_numpy(s).double()
+    theirs = {
+        "bernoulli": torch.distributions.Bernoulli(logits=logits),
+        "gaussian": torch.distributions.Normal(torch.sigmoid(logits), 0.3),
+    }
+    for likelihood, p in theirs.items():
+        config = net.Config(image=[4, 5, 2], likelihood=likelihood, std=0.3)
+        ours = net.log_likelihood(array(backend, s), array(backend, y), config)
+        np.testing.assert_allclose(ours.tolist(), p.log_prob(torch.from_numpy(y)).sum((1, 2, 3)), rtol=1e-5)
+
+
+def test_elbo():
+    """log p(x), summed over a grid of two latents, is the ELBO and KL(q(z|x) || p(z|x)), which the same grid gives."""
+    net = load("autoencoder", "torch")
+    trainer = make_trainer("autoencoder", 0, "torch", latent=2)
+    images, rng = batches("autoencoder", 0, 1)[0][0], np.random.default_rng(0)
+    for _ in range(60):
+        trainer.step(images, images, rng.standard_normal((16, 2), np.float32), lr=0.01)
+    x, line = torch.from_numpy(images[:1]), torch.linspace(-7, 7, 561)
+    z = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).reshape(-1, 2)
+    cell = math.log((line[1] - line[0]) ** 2)
+    normal = torch.distributions.Normal
+    with torch.no_grad():
+        mu, logvar = trainer.model.encoder(x).chunk(2, -1)
+        log_q = normal(mu, torch.exp(logvar / 2)).log_prob(z).sum(-1)
+        log_px_z = net.log_likelihood(trainer.model.decoder(z), x.expand(len(z), -1, -1, -1), trainer.config)
+        log_joint = log_px_z + normal(0, 1).log_prob(z).sum(-1)
+        log_px = torch.logsumexp(log_joint, 0) + cell
+        q = torch.exp(log_q + cell)
+        elbo = float((q * log_px_z).sum() - net.kl_divergence(mu, logvar))
+        gap = float((q * (log_q - (log_joint - log_px))).sum())
+    assert q.sum() == pytest.approx(1, abs=1e-3) and gap > 0.01
+    assert elbo + gap == pytest.approx(float(log_px), abs=2e-3)
+    # and what evaluate says is that ELBO, within the spread of its samples
+    many = np.repeat(images[:1], 20_000, 0)
+    nelbo = float(trainer.evaluate(many, many, rng.standard_normal((20_000, 2), np.float32))["nelbo"])
+    assert nelbo == pytest.approx(-elbo, abs=0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_beta(backend):
+    """The loss is -log p(x|z) + beta KL."""
+    x, y, eps = batches("autoencoder", 0, 1)[0]
+    figures = make_trainer("autoencoder", 0, backend).evaluate(x, y, eps)
+    nelbo, kl = float(figures["nelbo"]), float(figures["kl"])
+    assert kl > 0.01
+    for beta in (0.0, 1.0, 50.0):
+        loss = float(make_trainer("autoencoder", 0, backend, beta=beta).step(x, y, eps, lr=0.1)["loss"])
+        assert loss == pytest.approx(nelbo + (beta - 1) * kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("stride, size", [(1, 3), (2, 4)])
+def test_conv(stride, size):
+    """Conv is torch.nn.Conv2d, in both frameworks, with pictures that end in their channels."""
+    rng = np.random.default_rng(0)
+    x, w, b = (np.float32(rng.normal(size=shape)) for shape in [(2, 8, 12, 3), (5, 3, size, size), (5,)])
+    theirs = torch.nn.Conv2d(3, 5, size, stride, padding=1)
+    theirs.weight.data, theirs.bias.data = torch.from_numpy(w), torch.from_numpy(b)
+    expected = theirs(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).detach().numpy()
+    assert expected.shape == (2, 8 // stride, 12 // stride, 5)
+    for backend in BACKENDS:
+        conv = load("autoencoder", backend).Conv(3, 5, size, stride)
+        if backend == "torch":
+            conv.weight.data, conv.bias.data = torch.from_numpy(w), torch.from_numpy(b)
+        else:
+            conv.weight, conv.bias = mx.array(w), mx.array(b)
+        y = conv(array(backend, x))
+        np.testing.assert_allclose(y.detach() if backend == "torch" else y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_codes(train):
+    """Latents to bytes and back: off by sigma in the root mean square, idle dimensions for nothing."""
+    rng = np.random.default_rng(0)
+    sigma = np.array([0.01, 0.05, 0.3, 1.0], np.float32)
+    mu = np.float32(rng.normal(size=(5000, 4)) * [1, 1, 1, 0.001])
+    data = train.pack(mu, sigma)
+    back = train.unpack(data)
+    assert back.shape == mu.shape and back.dtype == np.float32 and (train.unpack(train.pack(back, sigma)) == back).all()
+    np.testing.assert_allclose((back - mu).std(0)[:3], sigma[:3], rtol=0.03)
+    assert (back[:, 3] == 0).all()
+    codes = np.rint(back / (math.sqrt(12) * sigma)).astype(int)
+    counts = [np.unique(column, return_counts=True)[1] / len(mu) for column in codes.T]
+    entropy = sum(-(p * np.log2(p)).sum() for p in counts) / 8
+    assert entropy < len(data) / len(mu) < 1.05 * entropy + 0.05
+
+
+def test_codes_across(train):
+    """What one framework encodes, the other decodes."""
+    x = batches("autoencoder", 0, 1)[0][0]
+    a, b = (make_trainer("autoencoder", 0, backend) for backend in BACKENDS)
+    mu, sigma = a.encode(x)
+    z = train.unpack(train.pack(mu, sigma.mean(0) / 10))
+    np.testing.assert_allclose(b.decode(z), a.decode(z), atol=1e-5)
+    assert np.abs(b.decode(z) - b.reconstruct(x)).max() < 0.1 < np.ptp(b.decode(z))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WebP"])
+def test_rival(train, form):
+    """At least the bytes asked for, and the pictures come back whole and in their order; grey ones too."""
+    x = train.floats(train.make_flowers(30, 32, 0)[0])
+    small, big = (train.rival(form, x, size) for size in (3_000, 10_000))
+    assert 3_000 <= small[1] < 3_500 and 10_000 <= big[1] < 11_000
+    assert train.psnr(small[0], x) + 2 < train.psnr(big[0], x)
+    assert min(train.psnr(y, x_i) for y, x_i in zip(big[0], x)) > 22
+    grey, _ = train.rival(form, x[..., :1], 3_000)
+    assert grey.shape == (30, 32, 32, 1) and train.psnr(grey, x[..., :1]) > 25
+
+
+def test_median(train):
+    x = train.floats(np.random.default_rng(0).integers(0, 256, (2, 9, 7, 3)).astype(np.uint8))
+    y = train.median(x)
+    assert y.shape == x.shape
+    np.testing.assert_allclose(y[1, 4, 3], np.median(x[1, 3:6, 2:5].reshape(9, 3), 0), atol=1e-6)
+
+
+def test_psnr(train):
+    x = np.zeros((2, 4, 4, 1), np.float32)
+    assert train.psnr(x + np.float32(0.1), x) == pytest.approx(20, abs=1e-4)
+
+
+def test_flowers(train):
+    images, petals = train.make_flowers(60, 24, 5)
+    assert images.shape == (60, 24, 24, 3) and images.dtype == np.uint8 and set(petals) == set(range(4, 10))
+    assert (images == train.make_flowers(60, 24, 5)[0]).all() and (images != train.make_flowers(60, 24, 6)[0]).any()
+    green = images[:, 0].mean((0, 1))  # the upper edge is grass
+    assert green.argmax() == 1 and images[:, 12, 12].std(0).max() > 5
+
+
+def test_cifar10(train, tmp_path, monkeypatch):
+    """Records of a label and the planes red, green and blue become pictures that end in their channels."""
+    rows = np.zeros((6, 10000, 3073), np.uint8)
+    rows[..., 0] = np.arange(6)[:, None]
+    rows[..., 1 + 1024 + 32 * 3 + 7] = 200  # green, line 3, column 7
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz", compresslevel=1) as tar:
+        for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            info.size = rows[i].nbytes
+            tar.addfile(info, io.BytesIO(rows[i].tobytes()))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    x_train, y_train, x_test, y_test = train.load_cifar10()
+    assert x_train.shape == (50000, 32, 32, 3) and x_test.shape == (10000, 32, 32, 3)
+    assert (y_train[::10000] == range(5)).all() and (y_test == 5).all()
+    assert (x_train[:, 3, 7] == [0, 200, 0]).all() and x_train[0].sum() == 200
+
+
+def test_folder(train, tmp_path):
+    """Pictures of all sizes and modes, in subfolders too; other files are passed over."""
+    for i, mode in enumerate(["RGB", "L", "RGBA", "P", "1"] * 4):
+        file = tmp_path / f"{i % 3}" / f"{i:02}.{'png' if i % 2 else 'gif'}"
+        file.parent.mkdir(exist_ok=True)
+        Image.new(mode, (20 + i, 40 - i), 1 if mode in "P1" else None).save(file)
+    (tmp_path / "notes.txt").write_text("no picture")
+    images, number, held, rest = train.load_folder(tmp_path, 16)
+    assert images.shape == (18, 16, 16, 3) and held.shape == (2, 16, 16, 3)
+    assert sorted([*number, *rest]) == list(range(20))
+
+
+def result(folder, backend, *args):
+    code, out, err = run(folder, backend, *args)
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1].removeprefix("result "))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_denoise(backend, tmp_path):
+    """A short run gains much over the noise and beats the median filter."""
+    folder = copy_alone("autoencoder", tmp_path / "autoencoder")
+    figures = result(folder, backend, "--task", "denoise", "--steps", "300", "--hidden", "256", "--count", "3000")
+    assert 13 < figures["psnr_noisy"] < 13.3 and 17.5 < figures["psnr_median"] < 17.9
+    assert figures["psnr"] > figures["psnr_median"] + 0.3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compress(backend, tmp_path):
+    """A short run beats JPEG, which has as many bytes or more; the file has the size that it says."""
+    folder = copy_alone("autoencoder", tmp_path / "autoencoder")
+    figures = result(folder, backend, "--task", "compress", "--steps", "300", "--hidden", "256", "--count", "3000")
+    assert figures["bytes"] <= figures["bytes_jpeg"] and figures["bytes"] <= figures["bytes_webp"]
+    assert figures["psnr"] > figures["psnr_jpeg"] + 0.3
+    assert (folder / "out/test.codes").stat().st_size == pytest.approx(600 * figures["bytes"], abs=4)
+
+
+def test_map(tmp_path):
+    folder = copy_alone("autoencoder", tmp_path / "autoencoder")
+    files = result(folder, "torch", "--steps", "20", "--hidden", "32", "--latent", "2", "--count", "500")["files"]
+    assert str(folder / "out/map.png") in files
+    with Image.open(folder / "out/map.png") as image:
+        assert image.width > 1.9 * image.height and np.asarray(image.convert("L")).std() > 8
