@@ -172,7 +172,7 @@ def loss_fn(model, x, y, eps):
 
 
 def get_weights(model):
-    """Every parameter as numpy, {name: array}."""
+    """Every parameter as numpy, {name: array}, a copy."""
     return {name: np.array(p) for name, p in tree_flatten(model.parameters())}
 
 

@@ -171,8 +171,8 @@ def loss_fn(model, x, y, eps):
 
 
 def get_weights(model):
-    """Every parameter as numpy, {name: array}."""
-    return {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+    """Every parameter as numpy, {name: array}, a copy."""
+    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
 
 
 def set_weights(model, weights):
@@ -211,7 +211,7 @@ class Trainer:
         params = list(self.model.parameters())
         self.optimizer = torch.optim.Adam(params, betas=(0.9, 0.99), fused=True)
         for p in params:
-            self.optimizer.state[p] = {"step": torch.tensor(0.0)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)}
             self.optimizer.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     def arrays(self, *arrays):
@@ -272,7 +272,7 @@ class Trainer:
         set_weights(self.model, arrays)
         self.t = meta["step"]
         for name, p in self.model.named_parameters():
-            self.optimizer.state[p] = {"step": torch.tensor(float(self.t))}
+            self.optimizer.state[p] = {"step": torch.tensor(float(self.t), device=p.device)}
             self.optimizer.state[p]["exp_avg"] = torch.from_numpy(arrays[f"m.{name}"]).to(self.device)
             self.optimizer.state[p]["exp_avg_sq"] = torch.from_numpy(arrays[f"v.{name}"]).to(self.device)
         return self.t
