@@ -44,6 +44,11 @@ def tokens(config, rng):
     return ids[:, :-1], ids[:, 1:]
 
 
+def images(config, rng):
+    x = rng.random((16, config.size, config.size, config.n_in), np.float32)
+    return x, rng.integers(0, config.n_out, 16)
+
+
 FOLDERS = {
     "mlp": Folder(
         configs=[
@@ -77,6 +82,21 @@ FOLDERS = {
         smoke=["--steps", "40", "--block-size", "32", "--n-layer", "2", "--n-embd", "64", "--tokens", "100"],
         learned=("val_loss", "<", 2.9),
         files=["ckpt.npz", "sample.txt"],
+    ),
+    "cnn": Folder(
+        configs=[
+            dict(model="lenet", size=14, n_in=1, n_out=4, channels=[4, 6, 16]),
+            dict(model="resnet", size=8, n_in=3, n_out=4, channels=[8, 8, 12], label_smoothing=0.1),
+        ],
+        curve=[60, 30],
+        batch=images,
+        loss=lambda net, model, x, y: net.loss_fn(model(x), y, model.config.label_smoothing),
+        outputs=lambda trainer, x, y: trainer.predict(x),
+        lr=0.01,
+        overfit=(60, 0.5),
+        smoke=["--steps", "60", "--channels", "8", "16", "64", "--batch-size", "64"],
+        learned=("accuracy", ">", 0.8),
+        files=["ckpt.npz", "sample.png", "filters.png"],
     ),
 }
 CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]
