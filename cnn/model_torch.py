@@ -4,8 +4,8 @@
     ResNet   x (B, H, W, C) -> conv 3x3 -> norm -> ReLU -> [max-pool -> Block] a width -> mean -> Linear -> logits
     Block    y = ReLU(f(x) + shortcut(x)),  f = conv 3x3 -> norm -> ReLU -> conv 3x3 -> norm
 
-Convolution, with filters w (O, C, k, k), stride s and p rows and columns of padding:
-    y[b,i,j,o] = b[o] + sum_{c,u,v} w[o,c,u,v] x[b, s i + u - p, s j + v - p, c]
+Convolution, with filters w (N, C, k, k), stride s and p rows and columns of padding:
+    y[b,i,j,n] = b[n] + sum_{c,u,v} w[n,c,u,v] x[b, s i + u - p, s j + v - p, c]
 Lay the k x k x C numbers under each output place side by side, as one row of a matrix P, and w as a matrix W with a
 column for each filter; then the sum is a matrix product, and so are its gradients:
     Y = P W + b        dW = P^T dY        db = sum over the rows of dY        dP = dY W^T
@@ -17,8 +17,9 @@ the content of one picture, and whose Gram matrices G_l = F_l^T F_l / (H W), whi
 where, those of another:
     loss = content |F_c - F_c*|^2 / |F_c*|^2  +  style mean_l |G_l - G_l*|^2 / |G_l*|^2  +  tv mean (differences of x)^2
 
-LeCun et al. 1998, "Gradient-based learning applied to document recognition". He et al. 2016, "Deep residual learning".
-Wu and He 2018, "Group normalization". Gatys, Ecker and Bethge 2016, "Image style transfer using CNNs".
+LeCun et al. 1998, "Gradient-based learning applied to document recognition".
+He et al. 2016, "Deep residual learning for image recognition". Wu and He 2018, "Group normalization".
+Gatys, Ecker and Bethge 2016, "Image style transfer using convolutional neural networks".
 Ustyuzhaninov et al. 2016, "Texture synthesis using shallow convolutional networks with random filters".
 """
 
@@ -120,7 +121,7 @@ def loss_fn(logits, y, label_smoothing=0.0):
     return F.cross_entropy(logits, y, label_smoothing=label_smoothing)
 
 
-# ---- by hand, on (B, H, W, C): x input, w (O, C, k, k) filters, b (O,) bias, dy gradient of the output y ---------------
+# ---- by hand, on (B, H, W, C): x input, w (N, C, k, k) filters, b (N,) bias, dy gradient of the output --------------
 
 
 def patches(x, k, stride, padding, value=0.0):
@@ -144,20 +145,20 @@ def add_patches(dP, shape, k, stride, padding):
 
 
 def conv2d(x, w, b, stride=1, padding=0):
-    """x (B, H, W, C) -> y (B, H', W', O)."""
+    """x (B, H, W, C) -> y (B, H', W', N)."""
     P = patches(x, w.shape[2], stride, padding)
     B, H, W, K, C = P.shape
     return P.reshape(B, H, W, K * C) @ w.permute(2, 3, 1, 0).reshape(K * C, -1) + b
 
 
 def conv2d_backward(dy, x, w, stride=1, padding=0):
-    """dy (B, H', W', O) -> the gradients dx, dw, db of x, w, b."""
-    O, C, k, _ = w.shape
+    """dy (B, H', W', N) -> the gradients dx, dw, db of x, w, b."""
+    N, C, k, _ = w.shape
     P = patches(x, k, stride, padding)
-    dY, W = dy.reshape(-1, O), w.permute(2, 3, 1, 0).reshape(-1, O)
-    dW = P.reshape(-1, k * k * C).T @ dY  # (k k C, O)
+    dY, W = dy.reshape(-1, N), w.permute(2, 3, 1, 0).reshape(-1, N)
+    dW = P.reshape(-1, k * k * C).T @ dY  # (k k C, N)
     dx = add_patches((dY @ W.T).reshape(P.shape), x.shape, k, stride, padding)
-    return dx, dW.reshape(k, k, C, O).permute(3, 2, 0, 1), dY.sum(0)
+    return dx, dW.reshape(k, k, C, N).permute(3, 2, 0, 1), dY.sum(0)
 
 
 def max_pool2d(x, k, stride, padding=0):

@@ -13,7 +13,6 @@ import gzip
 import hashlib
 import importlib
 import importlib.util
-import io
 import json
 import math
 import os

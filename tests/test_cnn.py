@@ -26,11 +26,11 @@ def array(backend, x):
     return torch.from_numpy(x) if backend == "torch" else mx.array(x)
 
 
-def case(H, W, k, stride, padding, C=3, O=4):
+def case(H, W, k, stride, padding, C=3, N=4):
     """x, w, b and a gradient dy of the output, as numpy."""
     rng = np.random.default_rng(1)
     out = [(n + 2 * padding - k) // stride + 1 for n in (H, W)]
-    shapes = (2, H, W, C), (O, C, k, k), (O,), (2, *out, O)
+    shapes = (2, H, W, C), (N, C, k, k), (N,), (2, *out, N)
     return [rng.standard_normal(shape, np.float32) for shape in shapes]
 
 
@@ -52,8 +52,8 @@ def test_convolution_by_hand(H, W, k, stride, padding):
             (y,), grads = mx.vjp(convolve, [X, w_, b_], [dy_])
             theirs = [y, *grads]
         for a, b_own in zip(ours, theirs):
-            assert np.abs(np.array(b_own)).max() > 0.1
-            np.testing.assert_allclose(np.array(a), np.array(b_own), rtol=1e-4, atol=1e-4)
+            assert np.abs(np.asarray(b_own)).max() > 0.1
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b_own), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("H, W, k, stride, padding", [(*s[:4], min(s[4], s[2] // 2)) for s in SHAPES])
@@ -70,15 +70,15 @@ def test_pooling_by_hand(H, W, k, stride, padding):
             (y,), (dx,) = mx.vjp(mlx_nn.MaxPool2d(k, stride, padding), [X], [dy_])
             theirs = [y, dx]
         for a, b in zip(ours, theirs):
-            np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_convolution_is_what_the_equation_says(backend):
-    """y[b,i,j,o] = b[o] + sum w[o,c,u,v] x[b, s i + u - p, s j + v - p, c], entry by entry."""
+    """y[b,i,j,n] = b[n] + sum w[n,c,u,v] x[b, s i + u - p, s j + v - p, c], entry by entry."""
     H, W, k, s, p = 6, 5, 3, 2, 1
     x, w, b, dy = case(H, W, k, s, p)
-    y = np.array(load("cnn", backend).conv2d(*(array(backend, a) for a in (x, w, b)), s, p))
+    y = np.asarray(load("cnn", backend).conv2d(*(array(backend, a) for a in (x, w, b)), s, p))
     for (n, i, j, o), value in np.ndenumerate(y):
         total = b[o]
         for u in range(k):
@@ -98,11 +98,11 @@ def test_lenet_by_hand(backend):
     h = array(backend, x)
     for layer in ("conv1", "conv2"):
         h = net.conv2d(h, w[f"{layer}.weight"], w[f"{layer}.bias"], 1, 2)
-        h = np.maximum(np.array(net.max_pool2d(h, 2, 2)), 0)
+        h = np.maximum(np.asarray(net.max_pool2d(h, 2, 2)), 0)
         h = array(backend, h)
-    h = np.array(h).transpose(0, 3, 1, 2).reshape(3, -1)
-    h = np.maximum(h @ np.array(w["fc1.weight"]).T + np.array(w["fc1.bias"]), 0)
-    z = h @ np.array(w["fc2.weight"]).T + np.array(w["fc2.bias"])
+    h = np.asarray(h).transpose(0, 3, 1, 2).reshape(3, -1)
+    h = np.maximum(h @ np.asarray(w["fc1.weight"]).T + np.asarray(w["fc1.bias"]), 0)
+    z = h @ np.asarray(w["fc2.weight"]).T + np.asarray(w["fc2.bias"])
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
     np.testing.assert_allclose(trainer.predict(x), p, rtol=1e-4, atol=1e-5)
     assert p.std() > 0.05
@@ -184,7 +184,7 @@ def test_vgg(vgg):
     assert len(ours) == len(theirs) == len(expected) == 6
     for a, b, c in zip(ours, theirs, expected):
         np.testing.assert_allclose(a.numpy(), c, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(np.array(b), c, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(b), c, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -245,7 +245,7 @@ def test_folder_of_images(folder):
         expected = trainer.model(torch.from_numpy(x)).detach().numpy()
         assert expected.shape == (B, 2) and np.abs(expected).max() > 0.1
         np.testing.assert_allclose(program(torch.from_numpy(x)).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(np.array(function(mx.array(x))[0]), expected, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(np.asarray(function(mx.array(x))[0]), expected, rtol=1e-3, atol=1e-3)
     code, _, err = run(folder, "mlx", "--data", "words", "--steps", "1")
     assert code == 2 and err.splitlines()[-1].startswith("train.py: words must be") and "skipped 1 files" in err
 
