@@ -184,12 +184,12 @@ class RandomFilters(nn.Module):
     def __init__(self, seed=0, n=64, k=7):
         super().__init__()
         w = np.random.default_rng((seed, 3)).standard_normal((len(self.style), n, 3, k, k), np.float32)
-        w = w - w.mean((3, 4), keepdims=True)  # blind to brightness: edges and spots alone
+        w = w - 0.9 * w.mean((3, 4), keepdims=True)  # edges count for more than the colours of plain places
         self.w = torch.from_numpy(w / np.sqrt((w**2).sum((2, 3, 4), keepdims=True)))
 
     def forward(self, x):
         """x (1, H, W, 3) -> the features of each scale, (H' W', n)."""
-        x, features = x.permute(0, 3, 1, 2), []
+        x, features = x.permute(0, 3, 1, 2) - 0.5, []
         for w in self.w.to(x.device):
             features.append(F.relu(F.conv2d(x, w, None, 1, 3)).flatten(2)[0].T)
             x = F.avg_pool2d(x, 2)
@@ -372,7 +372,7 @@ class Trainer:
 class Stylist(Trainer):
     """Paints: the image is the parameter. content and style are images (H, W, 3) float32 from 0 to 1."""
 
-    def __init__(self, config, content, style, weights=None, strength=1.0, tv=1.0, seed=0, device=None):
+    def __init__(self, config, content, style, weights=None, strength=100.0, tv=30.0, seed=0, device=None):
         self.config, self.device, self.t = config, device or devices()[0], 0
         self.strength, self.tv = strength, tv
         self.net = VGG(weights) if weights else RandomFilters(seed)

@@ -33,11 +33,11 @@ LENET = dict(model="lenet", channels=[16, 32, 128], batch_size=128, lr=0.004, sm
 RESNET = dict(model="resnet", channels=[32, 64, 128], batch_size=128, lr=0.01, smoothing=0.1)
 SETS = {  # steps, and how far and whether images are shifted and flipped
     "digits": dict(LENET, steps=600, shift=2, flip=False),
-    "mnist": dict(LENET, steps=1400, shift=2, flip=False),
+    "mnist": dict(LENET, steps=2000, shift=1, flip=False),
     "fashion": dict(LENET, steps=1400, shift=2, flip=True),
     "cifar10": dict(RESNET, steps=1000, shift=3, flip=True),
     "folder": dict(RESNET, steps=500, shift=3, flip=True),
-    "style": dict(LENET, model="style", steps=150, lr=0.03, batch_size=1),
+    "style": dict(LENET, model="style", steps=150, lr=0.05, batch_size=1),
 }
 
 # ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
@@ -303,12 +303,12 @@ def draw_strokes(size, seed=0):
     """The embedded style, (3/4 size, size): short strokes of a thick brush along eddies, in blue and gold."""
     rng, width, height = np.random.default_rng(seed), 2 * size, 3 * size // 2
     image = Image.new("RGB", (width, height), (20, 35, 90))
-    draw, eddies = ImageDraw.Draw(image), rng.uniform(0, 1, (7, 2)) * (width, height)
+    draw, eddies = ImageDraw.Draw(image), rng.uniform(0, 1, (9, 2)) * (width, height)
     palette = np.array([(25, 50, 120), (40, 90, 170), (90, 150, 210), (170, 205, 225), (240, 200, 80), (235, 150, 40)])
     for _ in range(5000):
         place, line = rng.uniform(0, 1, 2) * (width, height), []
         away = np.hypot(*(place - eddies).T).min() / size
-        colour = palette[int(np.clip(5.5 - 14 * away + rng.normal(0, 0.9), 0, 5))] + rng.normal(0, 14, 3)
+        colour = palette[int(np.clip(5.5 - 9 * away + rng.normal(0, 0.9), 0, 5))] + rng.normal(0, 14, 3)
         for _ in range(7):  # round the eddies: across the lines to them, the nearest most
             line.append(tuple(place))
             d = place - eddies
@@ -337,7 +337,7 @@ def load_pair(args):
 PAPER, GREEN, RED = (250, 250, 247), (44, 160, 44), (214, 39, 40)
 
 
-def draw_answers(p, x, y, names, rows=5, columns=6):
+def draw_mistakes(p, x, y, names, rows=5, columns=6):
     """The worst mistakes, the surest first, then the least sure answers; on the right, which class is taken for which.
 
     p (N, K) are the probabilities that the network gave to the images x (N, H, W, C) of the classes y (N,).
@@ -422,7 +422,7 @@ def classify(args, net, saved, ckpt):
     speed = fit(trainer, batch, lambda: evaluate(some), lr, args, start, names=names)
     parts = np.array_split(x_val, math.ceil(len(x_val) / 500))
     p = np.concatenate([trainer.predict(part.astype(np.float32) / 255) for part in parts])
-    draw_answers(p, x_val, y_val, names).save(args.out / "sample.png")
+    draw_mistakes(p, x_val, y_val, names).save(args.out / "sample.png")
     weights = net.get_weights(trainer.model)
     draw_filters(weights["conv1.weight" if config.model == "lenet" else "stem.weight"]).save(args.out / "filters.png")
     return trainer, params, speed, evaluate(every), [ckpt, args.out / "sample.png", args.out / "filters.png"]
@@ -479,8 +479,8 @@ def main():
     parser.add_argument("--content", help="style: the picture that says what is to be seen (default: drawn)")
     parser.add_argument("--style", help="style: the picture that says in which manner (default: drawn)")
     parser.add_argument("--weights", help="style: VGG-19, .pth or for MLX .safetensors, for random filters")
-    parser.add_argument("--strength", type=float, default=3.0, help="style: weight of the style beside the content's 1")
-    parser.add_argument("--tv", type=float, default=3.0, help="style: weight of the differences of neighbours")
+    parser.add_argument("--strength", type=float, default=100.0, help="style: weight of the style; that of the content is 1")
+    parser.add_argument("--tv", type=float, default=30.0, help="style: weight of the differences of neighbours")
     parser.add_argument("--steps", type=int, help="0: only evaluate and draw")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float, help="the highest rate")

@@ -86,7 +86,7 @@ FOLDERS = {
     "cnn": Folder(
         configs=[
             dict(model="lenet", size=14, n_in=1, n_out=4, channels=[4, 6, 16]),
-            dict(model="resnet", size=8, n_in=3, n_out=4, channels=[8, 8, 12], label_smoothing=0.1),
+            dict(model="resnet", size=8, n_in=3, n_out=4, channels=[16, 16, 24], label_smoothing=0.1),
         ],
         curve=[60, 30],
         batch=images,
