@@ -29,13 +29,13 @@ from urllib.request import urlopen
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-LENET = dict(model="lenet", channels=[16, 32, 128], batch_size=128, lr=0.004, smoothing=0.0)
-RESNET = dict(model="resnet", channels=[32, 64, 128], batch_size=128, lr=0.01, smoothing=0.1)
+LENET = dict(model="lenet", channels=[16, 32, 128], batch_size=128, lr=0.006, smoothing=0.0)
+RESNET = dict(model="resnet", channels=[16, 48, 96, 192], batch_size=128, lr=0.01, smoothing=0.1)
 SETS = {  # steps, and how far and whether images are shifted and flipped
     "digits": dict(LENET, steps=600, shift=2, flip=False),
     "mnist": dict(LENET, steps=2000, shift=1, flip=False),
     "fashion": dict(LENET, steps=1400, shift=2, flip=True),
-    "cifar10": dict(RESNET, steps=1000, shift=3, flip=True),
+    "cifar10": dict(RESNET, steps=850, shift=2, flip=True),
     "folder": dict(RESNET, steps=500, shift=3, flip=True),
     "style": dict(LENET, model="style", steps=150, lr=0.05, batch_size=1),
 }
@@ -479,7 +479,7 @@ def main():
     parser.add_argument("--content", help="style: the picture that says what is to be seen (default: drawn)")
     parser.add_argument("--style", help="style: the picture that says in which manner (default: drawn)")
     parser.add_argument("--weights", help="style: VGG-19, .pth or for MLX .safetensors, for random filters")
-    parser.add_argument("--strength", type=float, default=100.0, help="style: weight of the style; that of the content is 1")
+    parser.add_argument("--strength", type=float, default=100.0, help="style: its weight; the content has 1")
     parser.add_argument("--tv", type=float, default=30.0, help="style: weight of the differences of neighbours")
     parser.add_argument("--steps", type=int, help="0: only evaluate and draw")
     parser.add_argument("--batch-size", type=int)

@@ -88,7 +88,7 @@ FOLDERS = {
             dict(model="lenet", size=14, n_in=1, n_out=4, channels=[4, 6, 16]),
             dict(model="resnet", size=8, n_in=3, n_out=4, channels=[16, 16, 24], label_smoothing=0.1),
         ],
-        curve=[60, 30],
+        curve=[20, 20],  # Muon again
         batch=images,
         loss=lambda net, model, x, y: net.loss_fn(model(x), y, model.config.label_smoothing),
         outputs=lambda trainer, x, y: trainer.predict(x),
