@@ -35,7 +35,7 @@ SETS = {  # steps, and how far and whether images are shifted and flipped
     "digits": dict(LENET, steps=600, shift=2, flip=False),
     "mnist": dict(LENET, steps=2000, shift=1, flip=False),
     "fashion": dict(LENET, steps=1400, shift=2, flip=True),
-    "cifar10": dict(RESNET, steps=850, shift=2, flip=True),
+    "cifar10": dict(RESNET, steps=1150, shift=2, flip=True),
     "folder": dict(RESNET, steps=500, shift=3, flip=True),
     "style": dict(LENET, model="style", steps=150, lr=0.05, batch_size=1),
 }
@@ -252,7 +252,7 @@ def load_data(args):
     """Images (N, H, W, C) uint8 and classes (N,) int64, to train on and held out; the names of the classes."""
     names = [str(digit) for digit in range(10)]
     if args.set == "digits":
-        data = [*make_digits(20000, args.seed), *make_digits(2000, args.seed + 1)]
+        data = [*make_digits(5000, args.seed), *make_digits(1000, args.seed + 1)]
     elif args.set == "cifar10":
         data, names = load_cifar10()
     elif args.set == "folder":
@@ -511,7 +511,6 @@ def main():
     saved = read_meta(ckpt, "cnn") if args.resume else None
     if saved and (saved["config"]["model"] == "style") != (args.task == "style"):
         fail(f"{ckpt} is of the other --task: repeat the --task of that run, or name another --out")
-    args.arrays = load_data(args) if args.task == "classify" else load_pair(args)
     net = load_twin(args)
     if args.export:
         package = net.EXPORTS.get(args.export.suffix)
@@ -519,6 +518,7 @@ def main():
             fail(f"--export with {args.backend} writes classifiers to {' or '.join(net.EXPORTS)}, not {args.export}")
         if not importlib.util.find_spec(package):
             fail(f"--export {args.export} needs pip install {package}")
+    args.arrays = load_data(args) if args.task == "classify" else load_pair(args)
     trainer, params, speed, figures, files = (classify if args.task == "classify" else paint)(args, net, saved, ckpt)
     if args.export:
         trainer.export(args.export)
