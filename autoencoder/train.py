@@ -220,18 +220,21 @@ def make_flowers(n, size, seed):
 
 
 def load_cifar10():
-    """CIFAR-10: images (N, 32, 32, 3) uint8 and labels (N,) of the training part, then of the test part."""
-    home, parts = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", []
-    path = fetch("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", home)
+    """Images (N, 32, 32, 3) uint8 and labels (N,) of the training part, then of the test part; the classes' names."""
+    home = "https://www.cs.toronto.edu/~kriz https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10"
+    file = "cifar-10-binary.tar.gz"
+    path = fetch(file, "c32a1d4ab5d03f1284b67883e8d87530", *(f"{url}/{file}" for url in home.split()))
     try:
-        with tarfile.open(path, "r:gz") as tar:
-            for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-                parts.append(tar.extractfile(f"cifar-10-batches-bin/{name}.bin").read())
-        rows = np.frombuffer(b"".join(parts), np.uint8).reshape(60000, 3073)  # the label, then red, green and blue
-    except (OSError, EOFError, KeyError, ValueError, zlib.error, tarfile.TarError) as error:
+        with tarfile.open(path) as tar:
+            parts = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}
+        train = b"".join(parts[f"data_batch_{i}.bin"] for i in range(1, 6))
+        arrays = []
+        for raw in (train, parts["test_batch.bin"]):
+            rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)  # the class, then the red, green and blue pixels
+            arrays += [rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]]
+        return arrays, parts["batches.meta.txt"].decode().split()
+    except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error) as error:
         fail(f"{path} is damaged ({error}): delete it, and it will be downloaded again")
-    images, labels = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
-    return images[:50000], labels[:50000], images[50000:], labels[50000:]
 
 
 def load_folder(folder, size):
@@ -256,7 +259,7 @@ def load_data(args):
     if args.data in ("mnist", "fashion"):
         train, _, test, labels = load_idx(args.data)
     elif args.data == "cifar10":
-        train, _, test, labels = load_cifar10()
+        (train, _, test, labels), _ = load_cifar10()
     elif args.data == "flowers":
         (train, _), (test, labels) = (make_flowers(n, args.size, args.seed + i) for i, n in enumerate(drawn))
     elif args.data == "digits":

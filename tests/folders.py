@@ -50,6 +50,11 @@ def pictures(config, rng):
     return noisy if config.model == "ae" else x, x, rng.standard_normal((16, config.latent), np.float32)
 
 
+def images(config, rng):
+    x = rng.random((16, config.size, config.size, config.n_in), np.float32)
+    return x, rng.integers(0, config.n_out, 16)
+
+
 FOLDERS = {
     "mlp": Folder(
         configs=[
@@ -101,6 +106,21 @@ FOLDERS = {
         smoke=["--steps", "200", "--hidden", "128", "--count", "2000"],
         learned=("nelbo", "<", 235.0),
         files=["ckpt.npz", "sample.png"],
+    ),
+    "cnn": Folder(
+        configs=[
+            dict(model="lenet", size=14, n_in=1, n_out=4, channels=[4, 6, 16]),
+            dict(model="resnet", size=8, n_in=3, n_out=4, channels=[16, 16, 24], label_smoothing=0.1),
+        ],
+        curve=[20, 20],  # Muon again
+        batch=images,
+        loss=lambda net, model, x, y: net.loss_fn(model(x), y, model.config.label_smoothing),
+        outputs=lambda trainer, x, y: trainer.predict(x),
+        lr=0.01,
+        overfit=(60, 0.5),
+        smoke=["--steps", "60", "--channels", "8", "16", "64", "--batch-size", "64"],
+        learned=("accuracy", ">", 0.8),
+        files=["ckpt.npz", "sample.png", "filters.png"],
     ),
 }
 CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]

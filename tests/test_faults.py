@@ -12,6 +12,7 @@ from folders import BACKENDS, FOLDERS, copy_alone, run, start
 
 SHORT = {  # a run of a second
     "mlp": ["--steps", "20", "--hidden", "8"],
+    "cnn": ["--steps", "4", "--channels", "2", "4", "16", "--batch-size", "16"],
     "gpt": ["--steps", "4", "--block-size", "16", "--n-layer", "1", "--n-embd", "32", "--tokens", "5"],
     "autoencoder": ["--steps", "10", "--hidden", "8", "--count", "200"],
 }
@@ -37,6 +38,22 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--hidden", "0"], "--hidden"),
         (["--batch-size", "100000"], "more than the"),
         (["--data", "mnist"], "train-images"),
+    ],
+    "cnn": [
+        (["--data", "missing"], "missing"),
+        (["--data", "empty"], "sub-folders"),
+        (["--data", "data"], "sub-folders"),
+        (["--data", "mnist"], "train-images"),
+        (["--data", "cifar10"], "cifar-10-binary"),
+        (["--channels", "0", "1", "1"], "--channels"),
+        (["--channels", "8", "8"], "three"),
+        (["--smoothing", "1"], "--smoothing"),
+        (["--export", "net.onnx"], "--export"),
+        (["--export", "net.pt2"], ".mlxfn"),
+        (["--task", "style", "--content", "binary"], "binary"),
+        (["--task", "style", "--style", "missing.jpg"], "missing.jpg"),
+        (["--task", "style", "--size", "32", "--weights", "binary"], "VGG-19"),
+        (["--task", "style", "--resume"], "--task"),
     ],
     "gpt": [
         (["--data", "missing.txt"], "missing.txt"),

@@ -1,0 +1,433 @@
+"""Convolutional networks in MLX: LeNet, a ResNet, convolution and pooling by hand, and style transfer.
+
+    LeNet    x (B, H, W, C) -> [conv 5x5 -> max-pool -> ReLU] twice -> Linear -> ReLU -> Linear -> logits (B, n_out)
+    ResNet   x (B, H, W, C) -> conv 3x3 -> norm -> ReLU -> [max-pool -> Block] a width -> mean -> Linear -> logits
+    Block    y = ReLU(f(x) + shortcut(x)),  f = conv 3x3 -> norm -> ReLU -> conv 3x3 -> norm
+
+Convolution, with filters w (N, C, k, k), stride s and p rows and columns of padding:
+    y[b,i,j,n] = b[n] + sum_{c,u,v} w[n,c,u,v] x[b, s i + u - p, s j + v - p, c]
+Lay the k x k x C numbers under each output place side by side, as one row of a matrix P, and w as a matrix W with a
+column for each filter; then the sum is a matrix product, and so are its gradients:
+    Y = P W + b        dW = P^T dY        db = sum over the rows of dY        dP = dY W^T
+An input lies under up to k x k places, so its gradient dx is the sum of the entries of dP that were read from it.
+Max-pooling takes the largest of each window's entries; the gradient goes whence the largest came.
+
+Style transfer looks for the image x whose features F_l (H W, C) in the layers l of a network that is not trained hold
+the content of one picture, and whose Gram matrices G_l = F_l^T F_l / (H W), which say what occurs together and not
+where, those of another:
+    loss = content |F_c - F_c*|^2 / |F_c*|^2  +  style mean_l |G_l - G_l*|^2 / |G_l*|^2  +  tv mean (differences of x)^2
+
+LeCun et al. 1998, "Gradient-based learning applied to document recognition".
+He et al. 2016, "Deep residual learning for image recognition". Wu and He 2018, "Group normalization".
+Gatys, Ecker and Bethge 2016, "Image style transfer using convolutional neural networks".
+Ustyuzhaninov et al. 2016, "Texture synthesis using shallow convolutional networks with random filters".
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+EXPORTS = {".mlxfn": "mlx"}  # the files that export writes, and the package that it needs
+
+
+@dataclass
+class Config:
+    model: str = "lenet"  # lenet, resnet or style
+    size: int = 28  # of the images, which are square; a ResNet takes others, too
+    n_in: int = 1  # channels of the images
+    n_out: int = 10
+    channels: tuple = (16, 32, 128)  # lenet: both convolutions and the hidden layer; resnet: the stem and each block
+    label_smoothing: float = 0.0
+    weight_decay: float = 0.05
+
+
+class Conv2d(nn.Module):
+    """Keeps height and width. The weight is (n_out, n_in, k, k) in both frameworks; MLX's own Conv2d has n_in last."""
+
+    def __init__(self, n_in, n_out, k):
+        super().__init__()
+        self.weight = mx.zeros((n_out, n_in, k, k))
+        self.bias = mx.zeros((n_out,))
+        self.padding = k // 2
+
+    def __call__(self, x):
+        return mx.conv2d(x, self.weight.transpose(0, 2, 3, 1), 1, self.padding) + self.bias
+
+
+class LeNet(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        c1, c2, hidden = config.channels
+        self.conv1 = Conv2d(config.n_in, c1, 5)
+        self.conv2 = Conv2d(c1, c2, 5)
+        self.fc1 = nn.Linear(c2 * (config.size // 4) ** 2, hidden)
+        self.fc2 = nn.Linear(hidden, config.n_out)
+        self.pool = nn.MaxPool2d(2)
+
+    def __call__(self, x):
+        """x (B, H, W, C), pixels from 0 to 1 -> logits (B, n_out)."""
+        x = nn.relu(self.pool(self.conv1(x)))  # (B, H/2, W/2, c1); ReLU first gives the same, at four times the work
+        x = nn.relu(self.pool(self.conv2(x)))  # (B, H/4, W/4, c2)
+        x = x.transpose(0, 3, 1, 2).flatten(1)  # in the order c2, H/4, W/4, which is torch's
+        return self.fc2(nn.relu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut, on which the gradient reaches the layers below undiminished."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.conv1 = Conv2d(n_in, n_out, 3)
+        self.norm1 = nn.GroupNorm(math.gcd(8, n_out), n_out, pytorch_compatible=True)
+        self.conv2 = Conv2d(n_out, n_out, 3)
+        self.norm2 = nn.GroupNorm(math.gcd(8, n_out), n_out, pytorch_compatible=True)
+        self.shortcut = nn.Identity() if n_in == n_out else Conv2d(n_in, n_out, 1)
+
+    def __call__(self, x):
+        h = nn.relu(self.norm1(self.conv1(x)))
+        return nn.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        widths = config.channels
+        self.stem = Conv2d(config.n_in, widths[0], 3)
+        self.norm = nn.GroupNorm(math.gcd(8, widths[0]), widths[0], pytorch_compatible=True)
+        self.blocks = [Block(n, m) for n, m in zip(widths, widths[1:])]
+        self.head = nn.Linear(widths[-1], config.n_out)
+        self.pool = nn.MaxPool2d(2)
+
+    def __call__(self, x):
+        """x (B, H, W, C), pixels from 0 to 1 -> logits (B, n_out)."""
+        x = nn.relu(self.norm(self.stem(4 * x - 2)))  # pixels with about mean 0 and deviation 1
+        for block in self.blocks:
+            x = block(self.pool(x))  # (B, H/2^k, W/2^k, widths[k])
+        return self.head(x.mean((1, 2)))
+
+
+def loss_fn(logits, y, label_smoothing=0.0):
+    """The mean of -log p of the classes y (B,) under logits (B, n_out); smoothed, every class is a little right."""
+    return nn.losses.cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="mean")
+
+
+# ---- by hand, on (B, H, W, C): x input, w (N, C, k, k) filters, b (N,) bias, dy gradient of the output --------------
+
+
+def patches(x, k, stride, padding, value=0.0):
+    """The window under each output place: x (B, H, W, C) -> (B, H', W', k k, C); the border is filled with value."""
+    H, W = ((n + 2 * padding - k) // stride + 1 for n in x.shape[1:3])
+    x = mx.pad(x, [(0, 0), (padding, padding), (padding, padding), (0, 0)], constant_values=value)
+    rows, columns = stride * (H - 1) + 1, stride * (W - 1) + 1
+    windows = [x[:, u : u + rows : stride, v : v + columns : stride] for u in range(k) for v in range(k)]
+    return mx.stack(windows, 3)
+
+
+def add_patches(dP, shape, k, stride, padding):
+    """The way back: dP (B, H', W', k k, C), each entry added where patches read it -> dx of the shape (B, H, W, C)."""
+    _, H, W, _, _ = dP.shape
+    dx = mx.zeros((shape[0], shape[1] + 2 * padding, shape[2] + 2 * padding, shape[3]))
+    rows, columns = stride * (H - 1) + 1, stride * (W - 1) + 1
+    for i in range(k * k):
+        u, v = i // k, i % k
+        dx[:, u : u + rows : stride, v : v + columns : stride] += dP[:, :, :, i]
+    return dx[:, padding : padding + shape[1], padding : padding + shape[2]]
+
+
+def conv2d(x, w, b, stride=1, padding=0):
+    """x (B, H, W, C) -> y (B, H', W', N)."""
+    P = patches(x, w.shape[2], stride, padding)
+    B, H, W, K, C = P.shape
+    return P.reshape(B, H, W, K * C) @ w.transpose(2, 3, 1, 0).reshape(K * C, -1) + b
+
+
+def conv2d_backward(dy, x, w, stride=1, padding=0):
+    """dy (B, H', W', N) -> the gradients dx, dw, db of x, w, b."""
+    N, C, k, _ = w.shape
+    P = patches(x, k, stride, padding)
+    dY, W = dy.reshape(-1, N), w.transpose(2, 3, 1, 0).reshape(-1, N)
+    dW = P.reshape(-1, k * k * C).T @ dY  # (k k C, N)
+    dx = add_patches((dY @ W.T).reshape(P.shape), x.shape, k, stride, padding)
+    return dx, dW.reshape(k, k, C, N).transpose(3, 2, 0, 1), dY.sum(0)
+
+
+def max_pool2d(x, k, stride, padding=0):
+    """x (B, H, W, C) -> y (B, H', W', C)."""
+    return patches(x, k, stride, padding, -math.inf).max(3)
+
+
+def max_pool2d_backward(dy, x, k, stride, padding=0):
+    """dy (B, H', W', C) -> the gradient dx of x."""
+    largest = patches(x, k, stride, padding, -math.inf).argmax(3)  # (B, H', W', C)
+    dP = mx.where(mx.arange(k * k)[:, None] == largest[:, :, :, None], dy[:, :, :, None], 0.0)
+    return add_patches(dP, x.shape, k, stride, padding)
+
+
+# ---- style transfer --------------------------------------------------------------------------------------------------
+
+
+class RandomFilters(nn.Module):
+    """Random 7x7 filters at five scales, each half as fine as the one before: they need no training and no download."""
+
+    content, style = [2], [0, 1, 2, 3, 4]  # which of the features hold the content, and which the style
+
+    def __init__(self, seed=0, n=64, k=7):
+        super().__init__()
+        w = np.random.default_rng((seed, 3)).standard_normal((len(self.style), n, 3, k, k), np.float32)
+        w = w - 0.9 * w.mean((3, 4), keepdims=True)  # edges count for more than the colours of plain places
+        self.w = mx.array(w / np.sqrt((w**2).sum((2, 3, 4), keepdims=True)))
+
+    def __call__(self, x):
+        """x (1, H, W, 3) -> the features of each scale, (H' W', n)."""
+        x, features, pool = x - 0.5, [], nn.AvgPool2d(2)
+        for w in self.w:
+            features.append(nn.relu(mx.conv2d(x, w.transpose(0, 2, 3, 1), 1, 3)).flatten(1, 2)[0])
+            x = pool(x)
+        return features
+
+
+class VGG(nn.Module):
+    """VGG-19 (Simonyan and Zisserman 2015) as far as relu5_1, with the weights of a file in torchvision's layout."""
+
+    content, style = [4], [0, 1, 2, 3, 5]  # relu4_2; relu1_1, relu2_1 ... relu5_1
+    layers = "0 * 2 pool 5 * 7 pool 10 * 12 14 16 pool 19 * 21 * 23 25 pool 28 *".split()
+
+    def __init__(self, path):
+        super().__init__()
+        self.w = mx.load(path)  # safetensors, which hold arrays alone: MLX cannot read torch's own .pth
+
+    def __call__(self, x):
+        """x (1, H, W, 3) -> the features of each layer with a *, (H' W', C)."""
+        x = (x - mx.array([0.485, 0.456, 0.406])) / mx.array([0.229, 0.224, 0.225])
+        features, pool = [], nn.MaxPool2d(2)
+        for layer in self.layers:
+            if layer == "*":
+                features.append(x.flatten(1, 2)[0])
+            elif layer == "pool":
+                x = pool(x)
+            else:
+                w, b = self.w[f"features.{layer}.weight"], self.w[f"features.{layer}.bias"]
+                x = nn.relu(mx.conv2d(x, w.transpose(0, 2, 3, 1), 1, 1) + b)
+        return features
+
+
+def gram(f):
+    """Features (H W, C) -> (C, C): how strongly each two occur together, whatever the place."""
+    return f.T @ f / f.shape[0]
+
+
+def distance(a, b):
+    """How far a is from b, as a share of b."""
+    return ((a - b) ** 2).sum() / (b**2).sum()
+
+
+class Canvas(nn.Module):
+    """The picture that is being painted: its pixels are the only parameters."""
+
+    def __init__(self, image):
+        super().__init__()
+        self.image = mx.array(image[None])  # (1, H, W, 3)
+
+
+# ---- optimizers: p parameter, g gradient, m and v running moments (zeros at first), t = 1, 2, ... --------------------
+
+
+def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
+    """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    v_hat = v / (1 - beta2**t)
+    return p * (1 - lr * weight_decay) - lr / (1 - beta1**t) * m / (mx.sqrt(v_hat) + eps), m, v
+
+
+def muon(p, g, m, lr, weight_decay, beta=0.9):
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+
+    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    """
+    m = beta * m + (1 - beta) * g
+    update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum as it will be one step on
+    return p * (1 - lr * weight_decay) - lr * 0.2 * max(p.shape) ** 0.5 * update, m
+
+
+def orthogonalize(g):
+    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+
+    A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
+    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    """
+    x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
+    x = x / (mx.linalg.norm(x) + 1e-7)
+    xxt, eye = x @ x.T, mx.eye(x.shape[0])
+    q = eye
+    for _ in range(5):
+        p = 3.4445 * eye - 4.7750 * xxt + 2.0315 * xxt @ xxt
+        q, xxt = p @ q, p @ xxt @ p
+    return (q @ x).T if g.shape[0] > g.shape[1] else q @ x
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def get_weights(model):
+    """Every parameter as numpy, {name: array}, a copy."""
+    return {name: np.array(p) for name, p in tree_flatten(model.parameters())}
+
+
+def set_weights(model, weights):
+    """Put {name: numpy array} in place of the model's parameters."""
+    params = dict(tree_flatten(model.parameters()))
+    for name, p in params.items():
+        if weights[name].shape != p.shape:
+            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {p.shape}")
+        params[name] = mx.array(weights[name], mx.float32)
+    model.update(tree_unflatten(list(params.items())))
+
+
+def init_weights(model, seed):
+    """N(0, 2/fan_in), which keeps the variance through ReLUs (He et al. 2015); norms 1, biases 0."""
+    rng, weights = np.random.default_rng(seed), get_weights(model)
+    for name, w in sorted(weights.items()):
+        if w.ndim > 1:
+            weights[name] = rng.standard_normal(w.shape, np.float32) * np.float32((2 / w[0].size) ** 0.5)
+        else:
+            weights[name] = np.full_like(w, name.endswith("weight"))
+    set_weights(model, weights)
+
+
+def devices():
+    """The devices that can be used here, the best first."""
+    return ["gpu", "cpu"] if mx.is_available(mx.gpu) else ["cpu"]
+
+
+class Trainer:
+    """A network and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+
+    def __init__(self, config, seed=0, device=None):
+        self.config, self.device, self.t = config, device or devices()[0], 0
+        mx.set_default_device(getattr(mx, self.device))
+        self.model = (LeNet if config.model == "lenet" else ResNet)(config)
+        init_weights(self.model, seed)
+        self.start()
+
+    def start(self):
+        self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
+        self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
+
+    def arrays(self, x, y):
+        """Numpy to the framework. Labels are checked first: MLX would read past the end of an array without a word."""
+        if not 0 <= y.min() <= y.max() < self.config.n_out:
+            raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
+        return mx.array(x), mx.array(y)
+
+    def update(self, loss_of, lr):
+        """One step down the gradient of loss_of(), by Muon for filters, else AdamW; returns the loss before it."""
+        self.t += 1
+        loss, grads = nn.value_and_grad(self.model, loss_of)()
+        grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
+        for name, p in params.items():
+            decay = self.config.weight_decay if p.ndim > 1 else 0.0
+            g, m, v = grads[name], self.m[name], self.v[name]
+            if p.ndim == 4 and name.endswith("weight"):  # filters: a matrix with a row for each
+                p_m = muon(p.flatten(1), g.flatten(1), m.flatten(1), lr, decay)
+                params[name], self.m[name] = (a.reshape(p.shape) for a in p_m)
+            else:
+                params[name], self.m[name], self.v[name] = adamw(p, g, m, v, lr, self.t, decay)
+        self.model.update(tree_unflatten(list(params.items())))
+        mx.eval(loss, params, self.m, self.v)  # MLX is lazy: here the step is computed
+        return loss
+
+    def step(self, x, y, lr):
+        """One update on x (B, H, W, C) float32 and y (B,) int64; returns {"loss"}, the one before the update."""
+        x, y = self.arrays(x, y)
+        return {"loss": self.update(lambda: loss_fn(self.model(x), y, self.config.label_smoothing), lr)}
+
+    def evaluate(self, x, y):
+        """{"val_loss", "accuracy"} on x (B, H, W, C) and y (B,)."""
+        x, y = self.arrays(x, y)
+        logits = self.model(x)
+        return {"val_loss": loss_fn(logits, y), "accuracy": (logits.argmax(1) == y).astype(mx.float32).mean()}
+
+    def predict(self, x):
+        """x (B, H, W, C) -> numpy (B, n_out): the probabilities of the classes."""
+        return np.array(mx.softmax(self.model(mx.array(x)), 1))
+
+    def export(self, path):
+        """Write the network alone to a file that runs without this one: images (B, H, W, C) in, logits (B, n_out) out.
+
+        .pt2 (torch.export, any B), .mlpackage (Core ML, B = 1; needs coremltools), .mlxfn (MLX, any B up to 64).
+        """
+        config = self.config
+        x = mx.zeros((1, config.size, config.size, config.n_in))
+        with mx.exporter(str(path), self.model) as exporter:
+            for B in (1, 2, 4, 8, 16, 32, 64):  # MLX fixes the shapes in a trace: a trace for each
+                exporter(mx.repeat(x, B, axis=0))
+
+    def save(self, path, step, **extra):
+        """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        arrays = get_weights(self.model)
+        arrays |= {f"m.{name}": np.array(m) for name, m in self.m.items()}
+        arrays |= {f"v.{name}": np.array(v) for name, v in self.v.items()}
+        meta = {"model": "cnn", "config": asdict(self.config), "step": step, **extra}
+        with open(f"{path}.part", "wb") as f:
+            np.savez(f, meta=json.dumps(meta), **arrays)
+        os.replace(f"{path}.part", path)
+
+    def load(self, path):
+        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        with np.load(path, allow_pickle=False) as f:
+            arrays, meta = dict(f), json.loads(str(f["meta"]))
+        set_weights(self.model, arrays)
+        self.t = meta["step"]
+        for name in self.m:
+            self.m[name] = mx.array(arrays[f"m.{name}"])
+            self.v[name] = mx.array(arrays[f"v.{name}"])
+        return self.t
+
+
+class Stylist(Trainer):
+    """Paints: the image is the parameter. content and style are images (H, W, 3) float32 from 0 to 1."""
+
+    def __init__(self, config, content, style, weights=None, strength=100.0, tv=30.0, seed=0, device=None):
+        self.config, self.device, self.t = config, device or devices()[0], 0
+        mx.set_default_device(getattr(mx, self.device))
+        self.strength, self.tv = strength, tv
+        self.net = VGG(weights) if weights else RandomFilters(seed)
+        self.model = Canvas(content)
+        self.start()
+        content, style = (self.net(mx.array(a[None])) for a in (content, style))
+        self.content = [content[layer] for layer in self.net.content]
+        self.style = [gram(style[layer]) for layer in self.net.style]
+
+    def losses(self):
+        x = self.model.image
+        features = self.net(x)
+        content = sum(distance(features[i], goal) for i, goal in zip(self.net.content, self.content))
+        style = sum(distance(gram(features[i]), goal) for i, goal in zip(self.net.style, self.style)) / len(self.style)
+        tv = ((x[:, 1:] - x[:, :-1]) ** 2).mean() + ((x[:, :, 1:] - x[:, :, :-1]) ** 2).mean()
+        return content, style, tv
+
+    def loss(self):
+        content, style, tv = self.losses()
+        return content + self.strength * style + self.tv * tv
+
+    def step(self, lr):
+        """One update of the image; returns {"loss"}, the one before the update."""
+        return {"loss": self.update(self.loss, lr)}
+
+    def evaluate(self):
+        """{"content_loss", "style_loss"}: how far the image is from each of its models, as a share."""
+        content, style, _ = self.losses()
+        return {"content_loss": content, "style_loss": style}
+
+    def image(self):
+        """The image as it is now, numpy (H, W, 3) from 0 to 1."""
+        return get_weights(self.model)["image"][0].clip(0, 1)

@@ -1,0 +1,535 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "mlx[cpu]==0.32.4", "numpy", "pillow"]
+# ///
+"""Train a convolutional network:  python train.py [--backend mlx] [--data cifar10] [--model resnet] [--export net.pt2]
+or paint a picture in the manner of another:  python train.py --task style [--content A.jpg --style B.jpg]
+
+--data: mnist, fashion, cifar10, or your own folder with one sub-folder of images a class; the default is drawn digits.
+"""
+
+import argparse
+import gzip
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import tarfile
+import time
+import zlib
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+LENET = dict(model="lenet", channels=[16, 32, 128], batch_size=128, lr=0.006, smoothing=0.0)
+RESNET = dict(model="resnet", channels=[16, 48, 96, 192], batch_size=128, lr=0.01, smoothing=0.1)
+SETS = {  # steps, and how far and whether images are shifted and flipped
+    "digits": dict(LENET, steps=600, shift=2, flip=False),
+    "mnist": dict(LENET, steps=2000, shift=1, flip=False),
+    "fashion": dict(LENET, steps=1400, shift=2, flip=True),
+    "cifar10": dict(RESNET, steps=1150, shift=2, flip=True),
+    "folder": dict(RESNET, steps=500, shift=3, flip=True),
+    "style": dict(LENET, model="style", steps=150, lr=0.05, batch_size=1),
+}
+
+# ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
+
+
+def fail(message):
+    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
+    print(f"train.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load_twin(args):
+    """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
+    try:
+        net = importlib.import_module(f"model_{args.backend}")
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed: pip install torch, or pip install 'mlx[cpu]', or the other --backend")
+    args.device = args.device or net.devices()[0]
+    if args.device not in net.devices():
+        fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out} can't be made a folder ({error.strerror}): name another")
+    return net
+
+
+def read_meta(path, model):
+    """What Trainer.save wrote beside the arrays: config, step and more. Reads the whole file, so damage shows here."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            meta = json.loads(str({name: f[name] for name in f.files}["meta"]))
+            found = meta["model"]
+    except FileNotFoundError:
+        fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
+    except Exception as error:
+        fail(f"{path} is no checkpoint or a damaged one ({error}): train anew without --resume, or into another --out")
+    if found != model:
+        fail(f"{path} holds a model of {found}/, not of {model}/: name another folder with --out")
+    return meta
+
+
+def fit(trainer, batch, evaluate, lr, args, start, **extra):
+    """Train from step `start` to args.steps; a log line and a checkpoint every args.log_every steps.
+
+    batch(step) gives one step's arrays, lr(step) its rate, evaluate() the figures on data held out; `extra` is kept in
+    the checkpoint. Ctrl-C ends the step at hand, saves and exits with 130. Returns the steps taken in a second.
+    """
+    ckpt, interrupted = args.out / "ckpt.npz", []
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    pending, busy, speed, shown = [], 0.0, 0.0, time.perf_counter()
+    for step in range(start, args.steps):
+        pending.append(trainer.step(*batch(step), lr=lr(step)))
+        done, waited = step + 1, time.perf_counter() - shown
+        if not interrupted and done < args.steps and (done % args.log_every or waited < 0.5):
+            continue
+        values = [{name: float(value) for name, value in metrics.items()} for metrics in pending]
+        busy += time.perf_counter() - shown
+        figures = evaluate()
+        for at, metrics in enumerate([*values, figures], done - len(values)):
+            if not all(map(math.isfinite, metrics.values())):
+                fail(f"the loss is no longer finite at step {min(at, step)}: lower --lr; an earlier {ckpt} is kept")
+        try:
+            trainer.save(ckpt, done, **extra)
+        except OSError as error:
+            Path(f"{ckpt}.part").unlink(missing_ok=True)
+            fail(f"{ckpt} could not be written ({error.strerror}): make room there; an earlier one is kept")
+        speed = (done - start) / busy
+        line = "  ".join(f"{name} {value:.4f}" for name, value in {**values[-1], **figures}.items())
+        left = (args.steps - done) / speed
+        print(f"step {done:>6}/{args.steps}  {line}  {speed:.1f} steps/s  {left:.0f} s left", flush=True)
+        pending, shown = [], time.perf_counter()
+        if interrupted and done < args.steps:
+            print(f"stopped: the same command with --resume goes on from step {done}", flush=True)
+            raise SystemExit(130)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return speed
+
+
+def fetch(file, md5, *urls):
+    """The path of a public file: $DATA_DIR/file, or data/file beside this script; downloaded once if not there."""
+    path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    for url in urls:
+        try:
+            with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
+                size = int(answer.headers.get("Content-Length") or 0)
+                while block := answer.read(1 << 18):
+                    f.write(block)
+                    print(f"\r{url}  {f.tell() / 1e6:.1f} of {size / 1e6:.1f} MB", end="", file=sys.stderr)
+            print(file=sys.stderr)
+            if hashlib.md5(part.read_bytes()).hexdigest() != md5:
+                raise OSError("the file is not the expected one (MD5 differs)")
+            return part.replace(path)
+        except (OSError, HTTPException) as error:
+            part.unlink(missing_ok=True)
+            print(f"{url}: {error}", file=sys.stderr)
+    fail(f"{file} could not be downloaded: put it at {path}, or set DATA_DIR to the folder that has it")
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+IDX = {  # the two homes of each set, and the MD5 sums of its four files
+    "mnist": (
+        "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
+        "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c",
+    ),
+    "fashion": (
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com "
+        "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion",
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
+        "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310",
+    ),
+}
+
+
+def load_idx(name):
+    """mnist or fashion: images (N, 28, 28) uint8 and labels (N,) of the training part, then of the test part."""
+    homes, sums, arrays = *map(str.split, IDX[name]), []
+    for stem, md5 in zip(("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"), sums):
+        path = fetch(f"{name}/{stem}-ubyte.gz", md5, *(f"{home}/{stem}-ubyte.gz" for home in homes))
+        try:
+            raw = gzip.decompress(path.read_bytes())
+            shape = np.frombuffer(raw, ">i4", raw[3], 4)  # bytes 0, 0, type and rank; then the sizes, big-endian
+            arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape))
+        except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+            fail(f"{path} is damaged ({error}): delete it, and it will be downloaded again")
+    return arrays
+
+
+def make_digits(n, seed):
+    """n drawn digits: images (n, 28, 28) uint8, labels (n,); each with its own stroke, size, turn, shear and shift."""
+    rng = np.random.default_rng((seed, 28))
+    font, glyphs = ImageFont.load_default(60), {}
+    for digit in range(10):
+        for stroke in range(4):
+            glyphs[digit, stroke] = image = Image.new("L", (84, 84))
+            ImageDraw.Draw(image).text((42, 42), str(digit), 255, font, anchor="mm", stroke_width=stroke)
+    labels, strokes = rng.integers(0, 10, n), rng.integers(0, 4, n)
+    turn, shear, size = rng.normal(0, 0.15, n), rng.normal(0, 0.15, n), rng.uniform(0.8, 1.25, n)
+    # the corners (x, y) of the square of the glyph that becomes the image: nw, sw, se, ne
+    x, y = np.array([-1, -1, 1, 1])[:, None] * 36 / size, np.array([-1, 1, 1, -1])[:, None] * 36 / size
+    x = x + shear * y
+    x, y = np.cos(turn) * x - np.sin(turn) * y, np.sin(turn) * x + np.cos(turn) * y
+    corners = np.stack([x, y], -1).transpose(1, 0, 2) + rng.normal(0, 2, (n, 4, 2)) + rng.normal(42, 3, (n, 1, 2))
+    images = np.empty((n, 28, 28), np.uint8)
+    for i, key in enumerate(zip(labels.tolist(), strokes.tolist())):
+        square = glyphs[key].transform((56, 56), Image.Transform.QUAD, corners[i].ravel(), Image.Resampling.BILINEAR)
+        images[i] = square.reduce(2)
+    noisy = images * rng.uniform(0.6, 1, (n, 1, 1)) + rng.normal(0, 12, images.shape)
+    return noisy.clip(0, 255).astype(np.uint8), labels
+
+
+def load_cifar10():
+    """Images (N, 32, 32, 3) uint8 and labels (N,) of the training part, then of the test part; the classes' names."""
+    home = "https://www.cs.toronto.edu/~kriz https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10"
+    file = "cifar-10-binary.tar.gz"
+    path = fetch(file, "c32a1d4ab5d03f1284b67883e8d87530", *(f"{url}/{file}" for url in home.split()))
+    try:
+        with tarfile.open(path) as tar:
+            parts = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}
+        train = b"".join(parts[f"data_batch_{i}.bin"] for i in range(1, 6))
+        arrays = []
+        for raw in (train, parts["test_batch.bin"]):
+            rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)  # the class, then the red, green and blue pixels
+            arrays += [rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]]
+        return arrays, parts["batches.meta.txt"].decode().split()
+    except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zlib.error) as error:
+        fail(f"{path} is damaged ({error}): delete it, and it will be downloaded again")
+
+
+def open_image(path):
+    """An image file as an RGB image, the right way up; raises OSError or ValueError if it is none."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's words for some broken files
+        raise ValueError(error) from None
+
+
+def load_folder(folder, size):
+    """A sub-folder a class: the middle square of every image at size x size; every fifth one of a class is held out."""
+    folders = sorted(path for path in Path(folder).iterdir() if path.is_dir()) if Path(folder).is_dir() else []
+    parts, names, broken = ([], [], [], []), [], []
+    for place in folders:
+        images = []
+        for path in sorted(path for path in place.rglob("*") if path.is_file() and not path.name.startswith(".")):
+            try:
+                images.append(np.asarray(ImageOps.fit(open_image(path), (size, size))))
+            except (OSError, ValueError):
+                broken.append(path)
+                print(f"skipped, no image that can be read: {path}", file=sys.stderr)
+        if images:
+            held = np.arange(len(images)) % 5 == 4
+            for part, rows in zip(parts, (~held, ~held, held, held)):
+                part.append(rows)
+            for i, rows in ((0, ~held), (2, held)):
+                parts[i][-1], parts[i + 1][-1] = np.stack(images)[rows], np.full(rows.sum(), len(names))
+            names.append(place.name)
+    if broken:
+        print(f"skipped {len(broken)} files of {folder}", file=sys.stderr)
+    if len(names) < 2 or not sum(map(len, parts[2])):
+        fail(f"{folder} must be mnist, fashion, cifar10 or a folder with two sub-folders or more of 5 images or more")
+    return [np.concatenate(part) for part in parts], names
+
+
+def load_data(args):
+    """Images (N, H, W, C) uint8 and classes (N,) int64, to train on and held out; the names of the classes."""
+    names = [str(digit) for digit in range(10)]
+    if args.set == "digits":
+        data = [*make_digits(5000, args.seed), *make_digits(1000, args.seed + 1)]
+    elif args.set == "cifar10":
+        data, names = load_cifar10()
+    elif args.set == "folder":
+        data, names = load_folder(args.data, args.size or 32)
+    else:
+        data = load_idx(args.set)
+        if args.set == "fashion":
+            names = "top trousers pullover dress coat sandal shirt trainer bag boot".split()
+    x_train, y_train, x_val, y_val = data
+    x_train, x_val = (x if x.ndim == 4 else x[..., None] for x in (x_train, x_val))
+    return x_train, y_train.astype(np.int64), x_val, y_val.astype(np.int64), names
+
+
+def augment(x, shift, flip, rng):
+    """Images (B, H, W, C), each moved by up to `shift` pixels, the border repeated, and half of them mirrored."""
+    B, H, W, _ = x.shape
+    down, right = rng.integers(-shift, shift + 1, (2, B, 1))
+    rows, columns = (np.arange(H) + down).clip(0, H - 1), (np.arange(W) + right).clip(0, W - 1)
+    if flip:
+        columns = np.where(rng.random((B, 1)) < 0.5, columns[:, ::-1], columns)
+    return x[np.arange(B)[:, None, None], rows[:, :, None], columns[:, None]]
+
+
+def draw_scene(size):
+    """The embedded content, (3/4 size, size): hills under a sun, mirrored in a lake."""
+    width, height = 4 * size, 3 * size
+    y = np.linspace(0, 1, height)[:, None, None]
+    image = Image.fromarray((np.array([70, 130, 200]) * (1 - y) + np.array([250, 225, 190]) * y
+                             + np.zeros((1, width, 1))).astype(np.uint8))  # fmt: skip
+    draw, x, shore = ImageDraw.Draw(image), np.arange(width), int(0.62 * height)
+    draw.circle((0.72 * width, 0.26 * height), 0.09 * height, (255, 245, 200))
+    far, middle, near = (120, 140, 170), (80, 110, 110), (45, 80, 60)
+    hills = (0.3, 0.16, 1.3, 0.2, far), (0.42, 0.12, 2, 2, middle), (0.53, 0.06, 3, 4, near)
+    for level, rise, waves, phase, colour in hills:
+        u = x / width * 2 * np.pi * waves + phase
+        ridge = height * (level - rise * (np.sin(u) / 2 + np.abs(np.sin(1.7 * u)) / 2 - 0.3))
+        draw.polygon([(0, shore), *zip(x, ridge), (width, shore)], colour)
+    lake = ImageOps.flip(image.crop((0, 2 * shore - height, width, shore)))
+    image.paste(Image.blend(lake, Image.new("RGB", lake.size, (30, 60, 100)), 0.35), (0, shore))
+    u, v = 0.16 * width, 0.70 * height  # a house on the shore
+    draw.rectangle((u, 0.56 * height, u + 0.12 * width, v), (200, 90, 70))
+    eaves = [(u - 12, 0.56 * height), (u + 0.12 * width + 12, 0.56 * height)]
+    draw.polygon([*eaves, (u + 0.06 * width, 0.45 * height)], (90, 50, 50))
+    return image.resize((size, 3 * size // 4), Image.Resampling.LANCZOS)
+
+
+def draw_strokes(size, seed=0):
+    """The embedded style, (3/4 size, size): short strokes of a thick brush along eddies, in blue and gold."""
+    rng, width, height = np.random.default_rng(seed), 2 * size, 3 * size // 2
+    image = Image.new("RGB", (width, height), (20, 35, 90))
+    draw, eddies = ImageDraw.Draw(image), rng.uniform(0, 1, (9, 2)) * (width, height)
+    palette = np.array([(25, 50, 120), (40, 90, 170), (90, 150, 210), (170, 205, 225), (240, 200, 80), (235, 150, 40)])
+    for _ in range(5000):
+        place, line = rng.uniform(0, 1, 2) * (width, height), []
+        away = np.hypot(*(place - eddies).T).min() / size
+        colour = palette[int(np.clip(5.5 - 9 * away + rng.normal(0, 0.9), 0, 5))] + rng.normal(0, 14, 3)
+        for _ in range(7):  # round the eddies: across the lines to them, the nearest most
+            line.append(tuple(place))
+            d = place - eddies
+            turn = (d[:, ::-1] * [-1, 1] / (d**2).sum(1, keepdims=True)).sum(0)
+            place = place + turn / (np.hypot(*turn) + 1e-9) * size / 60
+        draw.line(line, tuple(colour.clip(0, 255).astype(int).tolist()), size // 50, joint="curve")
+    return image.resize((size, 3 * size // 4), Image.Resampling.LANCZOS)
+
+
+def load_pair(args):
+    """Content and style, (H, W, 3) uint8 each, the longer side `size`."""
+    size, pair = args.size or 256, []
+    for path, draw in ((args.content, draw_scene), (args.style, draw_strokes)):
+        try:
+            image = open_image(path) if path else draw(size)
+        except (OSError, ValueError) as error:
+            fail(f"{path} is no image that can be read ({error}): name a PNG or JPEG file")
+        pair.append(np.asarray(ImageOps.contain(image, (size, size))))
+        if min(pair[-1].shape[:2]) < 16:
+            fail(f"{path or 'the picture'} is too narrow for {size} pixels: name a larger --size")
+    return pair
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+PAPER, GREEN, RED = (250, 250, 247), (44, 160, 44), (214, 39, 40)
+
+
+def draw_mistakes(p, x, y, names, rows=5, columns=6):
+    """The worst mistakes, the surest first, then the least sure answers; on the right, which class is taken for which.
+
+    p (N, K) are the probabilities that the network gave to the images x (N, H, W, C) of the classes y (N,).
+    """
+    K, answers = len(names), p.argmax(1)
+    worst = np.argsort(p[np.arange(len(y)), y])[: rows * columns]
+    image = Image.new("RGB", (columns * 96 + 650, rows * 116 + 10), PAPER)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for place, i in enumerate(worst):
+        u, v, right = 10 + place % columns * 96, 10 + place // columns * 116, answers[i] == y[i]
+        tile = Image.fromarray(x[i]) if x.shape[3] == 3 else ImageOps.invert(Image.fromarray(x[i, :, :, 0]))
+        image.paste(tile.resize((84, 84), Image.Resampling.NEAREST), (u, v))
+        text = f"{names[answers[i]][:9]} {100 * p[i, answers[i]]:.0f} %"
+        draw.text((u + 42, v + 91), text, GREEN if right else RED, font, "mm")
+        if not right:
+            draw.text((u + 42, v + 105), f"not {names[y[i]]}"[:13], (90, 90, 90), font, "mm")
+    counts = np.zeros((K, K), int)
+    np.add.at(counts, (y, answers), 1)
+    side, left, top, small = 540 / K, columns * 96 + 90, 60, ImageFont.load_default(max(6, min(13, 150 // K)))
+    for i in range(K):
+        draw.text((left - 6, top + (i + 0.5) * side), names[i][:11], (60, 60, 60), small, "rm")
+        draw.text((left + (i + 0.5) * side, top - 8), names[i][:7], (60, 60, 60), small, "mm")
+        for j in range(K):
+            share = (counts[i, j] / max(1, counts[i].sum())) ** 0.5  # the root, so that rare mistakes show
+            colour = np.array(PAPER) + share * (np.array(GREEN if i == j else RED) - PAPER)
+            box = (left + j * side, top + i * side, left + (j + 1) * side - 2, top + (i + 1) * side - 2)
+            draw.rectangle(box, tuple(colour.astype(int).tolist()))
+            if counts[i, j] and K <= 20:
+                middle = left + (j + 0.5) * side, top + (i + 0.5) * side
+                draw.text(middle, f"{counts[i, j]}", (20, 20, 20), small, "mm")
+    draw.text((left, 22), "rows: what it is; columns: what it is taken for", (60, 60, 60), font, "lm")
+    return image
+
+
+def draw_filters(w):
+    """The first layer's filters w (n, C, k, k), each scaled to its own largest weight; grey is 0."""
+    n, C, k, _ = w.shape
+    w = (w / np.abs(w).max((1, 2, 3), keepdims=True) * 127 + 128).astype(np.uint8).transpose(0, 2, 3, 1)
+    columns = math.ceil(n**0.5 * 1.4)
+    image = Image.new("RGB", (columns * 60 + 6, math.ceil(n / columns) * 60 + 6), PAPER)
+    for i in range(n):
+        tile = Image.fromarray(w[i] if C == 3 else w[i].mean(2).astype(np.uint8))
+        image.paste(tile.resize((54, 54), Image.Resampling.NEAREST), (6 + i % columns * 60, 6 + i // columns * 60))
+    return image
+
+
+# ---- the runs --------------------------------------------------------------------------------------------------------
+
+
+def classify(args, net, saved, ckpt):
+    """Train and judge a classifier: the trainer, its parameters, its speed, its figures, its files."""
+    x_train, y_train, x_val, y_val, names = args.arrays
+    _, size, _, n_in = x_train.shape
+    config = net.Config(args.model, size, n_in, len(names), args.channels, args.smoothing, args.weight_decay)
+    if saved:
+        config = net.Config(**saved["config"])
+        if (config.size, config.n_in, saved.get("names")) != (size, n_in, names):
+            fail(f"{ckpt} was trained on other data: repeat the --task and --data of that run")
+    trainer = net.Trainer(config, seed=args.seed, device=args.device)
+    start = trainer.load(ckpt) if saved else 0
+    params = sum(w.size for w in net.get_weights(trainer.model).values())
+    print(f"cnn: {config.model}, {args.backend} on {args.device}, {params:,} parameters; {args.data or 'digits'}: "
+          f"{len(x_train):,} to train on, {len(x_val):,} held out; files go to {args.out}", flush=True)
+
+    def batch(step):
+        rng = np.random.default_rng((args.seed, step, 1))
+        i = rng.integers(0, len(x_train), args.batch_size)
+        return augment(x_train[i], args.shift, args.flip, rng).astype(np.float32) / 255, y_train[i]
+
+    def lr(step):  # up in the first tenth, then down to 0
+        return args.lr * min((step + 1) / (0.1 * args.steps), (args.steps - step) / (0.9 * args.steps), 1)
+
+    def evaluate(i):
+        total = {}
+        for part in np.array_split(i, math.ceil(len(i) / 500)):
+            for name, value in trainer.evaluate(x_val[part].astype(np.float32) / 255, y_val[part]).items():
+                total[name] = total.get(name, 0.0) + float(value) * len(part) / len(i)
+        return total
+
+    every = np.arange(len(x_val))
+    some = every[:: math.ceil(len(every) / 1000)]  # enough for the log; the result is of all of them
+    speed = fit(trainer, batch, lambda: evaluate(some), lr, args, start, names=names)
+    parts = np.array_split(x_val, math.ceil(len(x_val) / 500))
+    p = np.concatenate([trainer.predict(part.astype(np.float32) / 255) for part in parts])
+    draw_mistakes(p, x_val, y_val, names).save(args.out / "sample.png")
+    weights = net.get_weights(trainer.model)
+    draw_filters(weights["conv1.weight" if config.model == "lenet" else "stem.weight"]).save(args.out / "filters.png")
+    return trainer, params, speed, evaluate(every), [ckpt, args.out / "sample.png", args.out / "filters.png"]
+
+
+def paint(args, net, saved, ckpt):
+    """Style transfer: the same as classify gives."""
+    content, style = args.arrays
+    height, width, _ = content.shape
+    config = net.Config("style", max(height, width), 3, 0, [], 0.0, 0.0)
+    if saved:
+        config = net.Config(**saved["config"])
+    pair = (np.asarray(image, np.float32) / 255 for image in (content, style))
+    try:
+        trainer = net.Stylist(config, *pair, args.weights, args.strength, args.tv, args.seed, args.device)
+    except Exception as error:
+        if not args.weights:
+            raise
+        kind = ".safetensors" if args.backend == "mlx" else ".pth"
+        fail(f"{args.weights} is no {kind} file of VGG-19 in torchvision's layout ({str(error).splitlines()[0]})")
+    start = trainer.load(ckpt) if saved else 0
+    print(f"cnn: style, {args.backend} on {args.device}, {content.size:,} parameters, a picture of {width} x {height}; "
+          f"features of {args.weights or 'random filters'}; files go to {args.out}", flush=True)
+
+    def evaluate():
+        return {name: float(value) for name, value in trainer.evaluate().items()}
+
+    def lr(step):
+        return args.lr * (args.steps - step) / args.steps
+
+    speed = fit(trainer, lambda step: (), evaluate, lr, args, start)
+    result = Image.fromarray((trainer.image() * 255).round().astype(np.uint8))
+    shown = Image.new("RGB", (3 * width + 16, height), PAPER)
+    for i, image in enumerate((Image.fromarray(content), Image.fromarray(style), result)):
+        shown.paste(ImageOps.fit(image, (width, height)), (i * (width + 8), 0))
+    shown.save(args.out / "sample.png")
+    result.save(args.out / "style.png")
+    return trainer, content.size, speed, evaluate(), [ckpt, args.out / "sample.png", args.out / "style.png"]
+
+
+def main():
+    began = time.perf_counter()
+    apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch")
+    parser.add_argument("--task", choices=["classify", "style"], default="classify")
+    parser.add_argument("--data", help="mnist, fashion, cifar10 or a folder with a sub-folder a class (default: drawn)")
+    parser.add_argument("--model", choices=["lenet", "resnet"], help="default: lenet for grey images, else resnet")
+    parser.add_argument("--channels", type=int, nargs="+", help="lenet: two convolutions, hidden; resnet: stem, blocks")
+    parser.add_argument("--smoothing", type=float, help="the share of 1 that is spread over all classes in the loss")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--size", type=int, help="folder: of the images (default 32); style: the longer side (256)")
+    parser.add_argument("--content", help="style: the picture that says what is to be seen (default: drawn)")
+    parser.add_argument("--style", help="style: the picture that says in which manner (default: drawn)")
+    parser.add_argument("--weights", help="style: VGG-19, .pth or for MLX .safetensors, for random filters")
+    parser.add_argument("--strength", type=float, default=100.0, help="style: its weight; the content has 1")
+    parser.add_argument("--tv", type=float, default=30.0, help="style: weight of the differences of neighbours")
+    parser.add_argument("--steps", type=int, help="0: only evaluate and draw")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float, help="the highest rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().with_name("out"))
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
+    parser.add_argument("--export", type=Path, help="write the trained network alone: .pt2, .mlpackage; MLX: .mlxfn")
+    parser.add_argument("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best there is)")
+    known = parser.parse_known_args()[0]
+    known.set = "style" if known.task == "style" else known.data or "digits"
+    known.set = known.set if known.set in SETS and known.data != "style" else "folder"
+    defaults = SETS[known.set if known.task == "classify" else "style"]
+    if known.model == "lenet":
+        defaults = defaults | {key: LENET[key] for key in ("channels", "lr")}
+    elif known.model == "resnet":
+        defaults = defaults | {key: RESNET[key] for key in ("channels", "lr")}
+    parser.set_defaults(**{**defaults, "set": known.set, "model": known.model or defaults["model"]})
+    args = parser.parse_args()
+    args.log_every = max(1, args.steps // 20)
+    if args.steps < 0 or min(args.batch_size, *args.channels) < 1 or not 0 < args.lr < math.inf:
+        fail("--steps must be 0 or more, --batch-size and --channels 1 or more, --lr more than 0")
+    if not 0 <= args.smoothing < 1 or min(args.weight_decay, args.strength, args.tv) < 0 or not 16 <= (args.size or 32):
+        fail("--smoothing must be a share of 1, --weight-decay, --strength and --tv 0 or more, --size 16 or more")
+    if args.model == "lenet" and len(args.channels) != 3:
+        fail("--channels of a lenet are three: both convolutions and the hidden layer")
+
+    ckpt = args.out / "ckpt.npz"
+    saved = read_meta(ckpt, "cnn") if args.resume else None
+    if saved and (saved["config"]["model"] == "style") != (args.task == "style"):
+        fail(f"{ckpt} is of the other --task: repeat the --task of that run, or name another --out")
+    net = load_twin(args)
+    if args.export:
+        package = net.EXPORTS.get(args.export.suffix)
+        if not package or args.task == "style":
+            fail(f"--export with {args.backend} writes classifiers to {' or '.join(net.EXPORTS)}, not {args.export}")
+        if not importlib.util.find_spec(package):
+            fail(f"--export {args.export} needs pip install {package}")
+    args.arrays = load_data(args) if args.task == "classify" else load_pair(args)
+    trainer, params, speed, figures, files = (classify if args.task == "classify" else paint)(args, net, saved, ckpt)
+    if args.export:
+        trainer.export(args.export)
+        files.append(args.export)
+    result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
+    result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1), **figures}
+    print("result " + json.dumps(result | {"files": [str(file) for file in files if file.exists()]}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

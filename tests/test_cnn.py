@@ -1,0 +1,262 @@
+"""cnn/: convolution and pooling by hand against the frameworks' own, style, folders of images, exported files."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as mlx_nn
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from folders import BACKENDS, copy_alone, load, make_trainer, run
+from PIL import Image
+
+SHAPES = [  # height, width, k, stride, padding
+    (7, 9, 3, 1, 1),
+    (8, 5, 5, 1, 2),
+    (9, 7, 3, 2, 1),
+    (11, 6, 4, 3, 2),
+    (6, 6, 1, 2, 0),
+    (5, 8, 2, 2, 0),
+    (10, 7, 3, 2, 0),
+]
+
+
+def array(backend, x):
+    return torch.from_numpy(x) if backend == "torch" else mx.array(x)
+
+
+def case(H, W, k, stride, padding, C=3, N=4):
+    """x, w, b and a gradient dy of the output, as numpy."""
+    rng = np.random.default_rng(1)
+    out = [(n + 2 * padding - k) // stride + 1 for n in (H, W)]
+    shapes = (2, H, W, C), (N, C, k, k), (N,), (2, *out, N)
+    return [rng.standard_normal(shape, np.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("H, W, k, stride, padding", SHAPES)
+def test_convolution_by_hand(H, W, k, stride, padding):
+    x, w, b, dy = case(H, W, k, stride, padding)
+    for backend in BACKENDS:
+        net, (X, w_, b_, dy_) = load("cnn", backend), (array(backend, a) for a in (x, w, b, dy))
+        ours = [net.conv2d(X, w_, b_, stride, padding), *net.conv2d_backward(dy_, X, w_, stride, padding)]
+        if backend == "torch":
+            leaves = [a.clone().requires_grad_() for a in (X, w_, b_)]
+            y = F.conv2d(leaves[0].permute(0, 3, 1, 2), *leaves[1:], stride, padding).permute(0, 2, 3, 1)
+            theirs = [y.detach(), *torch.autograd.grad(y, leaves, dy_)]
+        else:
+
+            def convolve(x, w, b):
+                return mx.conv2d(x, w.transpose(0, 2, 3, 1), stride, padding) + b
+
+            (y,), grads = mx.vjp(convolve, [X, w_, b_], [dy_])
+            theirs = [y, *grads]
+        for a, b_own in zip(ours, theirs):
+            assert np.abs(np.asarray(b_own)).max() > 0.1
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b_own), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("H, W, k, stride, padding", [(*s[:4], min(s[4], s[2] // 2)) for s in SHAPES])
+def test_pooling_by_hand(H, W, k, stride, padding):
+    x, _, _, dy = case(H, W, k, stride, padding, C=4)
+    for backend in BACKENDS:
+        net, X, dy_ = load("cnn", backend), array(backend, x), array(backend, dy)
+        ours = [net.max_pool2d(X, k, stride, padding), net.max_pool2d_backward(dy_, X, k, stride, padding)]
+        if backend == "torch":
+            leaf = X.clone().requires_grad_()
+            y = F.max_pool2d(leaf.permute(0, 3, 1, 2), k, stride, padding).permute(0, 2, 3, 1)
+            theirs = [y.detach(), *torch.autograd.grad(y, [leaf], dy_)]
+        else:
+            (y,), (dx,) = mx.vjp(mlx_nn.MaxPool2d(k, stride, padding), [X], [dy_])
+            theirs = [y, dx]
+        for a, b in zip(ours, theirs):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_convolution_is_what_the_equation_says(backend):
+    """y[b,i,j,n] = b[n] + sum w[n,c,u,v] x[b, s i + u - p, s j + v - p, c], entry by entry."""
+    H, W, k, s, p = 6, 5, 3, 2, 1
+    x, w, b, dy = case(H, W, k, s, p)
+    y = np.asarray(load("cnn", backend).conv2d(*(array(backend, a) for a in (x, w, b)), s, p))
+    for (n, i, j, o), value in np.ndenumerate(y):
+        total = b[o]
+        for u in range(k):
+            for v in range(k):
+                row, column = s * i + u - p, s * j + v - p
+                if 0 <= row < H and 0 <= column < W:
+                    total += w[o, :, u, v] @ x[n, row, column]
+        assert value == pytest.approx(total, abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lenet_by_hand(backend):
+    """The logits of a LeNet put together from the functions by hand."""
+    trainer, net = make_trainer("cnn", 0, backend), load("cnn", backend)
+    x = np.random.default_rng(0).random((3, 14, 14, 1), np.float32)
+    w = {name: array(backend, a) for name, a in net.get_weights(trainer.model).items()}
+    h = array(backend, x)
+    for layer in ("conv1", "conv2"):
+        h = net.conv2d(h, w[f"{layer}.weight"], w[f"{layer}.bias"], 1, 2)
+        h = np.maximum(np.asarray(net.max_pool2d(h, 2, 2)), 0)
+        h = array(backend, h)
+    h = np.asarray(h).transpose(0, 3, 1, 2).reshape(3, -1)
+    h = np.maximum(h @ np.asarray(w["fc1.weight"]).T + np.asarray(w["fc1.bias"]), 0)
+    z = h @ np.asarray(w["fc2.weight"]).T + np.asarray(w["fc2.bias"])
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    np.testing.assert_allclose(trainer.predict(x), p, rtol=1e-4, atol=1e-5)
+    assert p.std() > 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_are_checked(backend):
+    with pytest.raises(ValueError, match="label"):
+        make_trainer("cnn", 0, backend).step(np.zeros((2, 14, 14, 1), np.float32), np.array([0, 4]), lr=0.1)
+
+
+# ---- style transfer --------------------------------------------------------------------------------------------------
+
+
+def pair(size=48):
+    rng = np.random.default_rng(3)
+    content = np.zeros((size, size, 3), np.float32)
+    content[size // 4 : size // 2, size // 4 :] = [0.9, 0.5, 0.2]
+    stripes = 0.5 + 0.5 * np.sin(np.arange(size) * 0.9)[:, None, None] * rng.uniform(0.5, 1, (1, 1, 3))
+    return content, np.broadcast_to(stripes, content.shape).astype(np.float32).copy()
+
+
+def stylist(backend, weights=None, **options):
+    net = load("cnn", backend)
+    config = net.Config(model="style", size=48, n_in=3, n_out=0, channels=[], weight_decay=0.0)
+    return net.Stylist(config, *pair(), weights, device="cpu", **options)
+
+
+def test_style_twins():
+    """Both paint the same picture, one with the style's texture."""
+    pictures = []
+    for backend in BACKENDS:
+        painter = stylist(backend)
+        before = {name: float(value) for name, value in painter.evaluate().items()}
+        assert before["content_loss"] < 1e-6 < 0.1 < before["style_loss"]  # it starts as the content
+        losses = [float(painter.step(lr=0.03)["loss"]) for _ in range(30)]
+        after = {name: float(value) for name, value in painter.evaluate().items()}
+        assert after["style_loss"] < before["style_loss"] / 4 and losses[-1] < losses[0] / 2
+        pictures.append(painter.image())
+    assert np.abs(pictures[0] - pair()[0]).mean() > 0.02
+    assert np.abs(pictures[0] - pictures[1]).max() < 0.02
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory):
+    """A narrow VGG-19 with random weights in torchvision's layout, as .pth and as .safetensors."""
+    place, rng, weights, n = tmp_path_factory.mktemp("vgg"), np.random.default_rng(0), {}, 3
+    for i, width in zip((0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28), (4, 4, 6, 6, *[8] * 9)):
+        weights[f"features.{i}.weight"] = rng.normal(0, (2 / 9 / n) ** 0.5, (width, n, 3, 3)).astype(np.float32)
+        weights[f"features.{i}.bias"] = rng.normal(0, 0.1, width).astype(np.float32)
+        n = width
+    torch.save({name: torch.from_numpy(w) for name, w in weights.items()}, place / "vgg.pth")
+    mx.save_safetensors(str(place / "vgg.safetensors"), {name: mx.array(w) for name, w in weights.items()})
+    return place, weights
+
+
+def test_vgg(vgg):
+    """Its features against torch.nn.Sequential in torchvision's order, and the twins' against one another."""
+    place, weights = vgg
+    layers, n = [], 3
+    for i in range(30):
+        if f"features.{i}.weight" in weights:
+            width = len(weights[f"features.{i}.bias"])
+            layers.append(torch.nn.Conv2d(n, width, 3, padding=1))
+            n = width
+        else:
+            layers.append(torch.nn.MaxPool2d(2) if i in (4, 9, 18, 27) else torch.nn.ReLU())
+    features = torch.nn.Sequential(*layers)
+    features.load_state_dict({name.removeprefix("features."): torch.from_numpy(w) for name, w in weights.items()})
+    x = torch.from_numpy(pair()[0][None])
+    h = ((x - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])).permute(0, 3, 1, 2)
+    expected = []
+    for i, layer in enumerate(features):
+        h = layer(h)
+        if i in (1, 6, 11, 20, 22, 29):  # relu1_1, relu2_1, relu3_1, relu4_1, relu4_2, relu5_1
+            expected.append(h.flatten(2)[0].T.detach().numpy())
+    ours = load("cnn", "torch").VGG(place / "vgg.pth")(x)
+    theirs = load("cnn", "mlx").VGG(str(place / "vgg.safetensors"))(mx.array(x.numpy()))
+    assert len(ours) == len(theirs) == len(expected) == 6
+    for a, b, c in zip(ours, theirs, expected):
+        np.testing.assert_allclose(a.numpy(), c, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(b), c, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_style_run(backend, vgg, tmp_path):
+    """train.py --task style: three pictures side by side, painted by both kinds of features; --resume goes on."""
+    folder = copy_alone("cnn", tmp_path / "cnn")
+    Image.fromarray((pair(64)[1] * 255).astype(np.uint8)).save(folder / "B.jpg")
+    args = ["--task", "style", "--steps", "6", "--size", "48", "--style", "B.jpg"]
+    code, out, err = run(folder, backend, *args)
+    assert code == 0, err
+    assert Image.open(folder / "out/sample.png").size == (3 * 48 + 16, 36)
+    first = json.loads(out.splitlines()[-1].removeprefix("result "))
+    code, out, err = run(folder, backend, *args[:2], "--steps", "12", *args[4:], "--resume")
+    assert code == 0, err
+    second = json.loads(out.splitlines()[-1].removeprefix("result "))
+    assert 0 < second["style_loss"] < first["style_loss"]
+    kind = "vgg.pth" if backend == "torch" else "vgg.safetensors"
+    code, _, err = run(folder, backend, *args, "--weights", vgg[0] / kind, "--out", "vgg")
+    assert code == 0, err
+
+
+# ---- the user's own images, and exported files -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """cnn/ copied alone, and shapes/: two classes of images of many sizes and kinds, two of them broken."""
+    place, rng = copy_alone("cnn", tmp_path_factory.mktemp("shapes") / "cnn"), np.random.default_rng(0)
+    for name, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
+        (place / "shapes" / name).mkdir(parents=True)
+        for i in range(20):
+            size = rng.integers(20, 90, 2)
+            image = np.clip(np.array(colour) + rng.normal(0, 30, (*size, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(image).save(place / "shapes" / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    (place / "shapes/red/broken.png").write_bytes((place / "shapes/red/1.png").read_bytes()[:100])
+    (place / "shapes/red/notes.txt").write_text("no image")
+    (place / "words/a").mkdir(parents=True)
+    (place / "words/b").mkdir()
+    (place / "words/a/notes.txt").write_text("no image")
+    return place
+
+
+def test_folder_of_images(folder):
+    args = ["--data", "shapes", "--steps", "30", "--channels", "8", "16", "--batch-size", "16"]
+    code, out, err = run(folder, "torch", *args, "--export", "net.pt2")
+    assert code == 0, err
+    assert "broken.png" in err and "notes.txt" in err and "skipped 2 files" in err
+    assert "32 to train on, 8 held out" in out
+    assert json.loads(out.splitlines()[-1].removeprefix("result "))["accuracy"] > 0.9
+    code, out, err = run(folder, "mlx", *args[:2], "--steps", "0", "--resume", "--export", "net.mlxfn")  # the other one
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1].removeprefix("result "))["accuracy"] > 0.9
+    trainer = load("cnn", "torch").Trainer(load("cnn", "torch").Config("resnet", 32, 3, 2, [8, 16]), device="cpu")
+    trainer.load(folder / "out/ckpt.npz")
+    program, function = torch.export.load(folder / "net.pt2").module(), mx.import_function(str(folder / "net.mlxfn"))
+    for B in (1, 4):
+        x = np.random.default_rng(B).random((B, 32, 32, 3), np.float32)
+        expected = trainer.model(torch.from_numpy(x)).detach().numpy()
+        assert expected.shape == (B, 2) and np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(program(torch.from_numpy(x)).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(function(mx.array(x))[0]), expected, rtol=1e-3, atol=1e-3)
+    code, _, err = run(folder, "mlx", "--data", "words", "--steps", "1")
+    assert code == 2 and err.splitlines()[-1].startswith("train.py: words must be") and "skipped 1 files" in err
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_core_ml(i, tmp_path):
+    coremltools = pytest.importorskip("coremltools")
+    trainer = make_trainer("cnn", i, "torch")
+    trainer.export(tmp_path / "net.mlpackage")
+    spec = coremltools.utils.load_spec(str(tmp_path / "net.mlpackage"))
+    size, n_in = trainer.config.size, trainer.config.n_in
+    (image,), (logits,) = spec.description.input, spec.description.output
+    assert list(image.type.multiArrayType.shape) == [1, size, size, n_in] and image.name == "image"
+    assert list(logits.type.multiArrayType.shape) == [1, trainer.config.n_out] and logits.name == "logits"
