@@ -237,7 +237,7 @@ def load_cifar10():
         fail(f"{path} is damaged ({error}): delete it, and it will be downloaded again")
 
 
-def load_folder(folder, size):
+def load_pictures(folder, size):
     """The pictures of a folder, cut to squares of `size`: all but every tenth, numbers for labels; then the others."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
     if len(files) < 20:
@@ -265,7 +265,7 @@ def load_data(args):
     elif args.data == "digits":
         (train, _), (test, labels) = (make_digits(n, args.seed + i) for i, n in enumerate(drawn))
     else:
-        train, _, test, labels = load_folder(args.data, args.size)
+        train, _, test, labels = load_pictures(args.data, args.size)
     return (train, test, labels) if train.ndim == 4 else (train[..., None], test[..., None], labels)
 
 

@@ -198,7 +198,7 @@ def test_folder(train, tmp_path):
         file.parent.mkdir(exist_ok=True)
         Image.new(mode, (20 + i, 40 - i), 1 if mode in "P1" else None).save(file)
     (tmp_path / "notes.txt").write_text("no picture")
-    images, number, held, rest = train.load_folder(tmp_path, 16)
+    images, number, held, rest = train.load_pictures(tmp_path, 16)
     assert images.shape == (18, 16, 16, 3) and held.shape == (2, 16, 16, 3)
     assert sorted([*number, *rest]) == list(range(20))
 
