@@ -363,7 +363,7 @@ class Trainer:
     def export(self, path):
         """Write the network alone to a file that runs without this one: images (B, H, W, C) in, logits (B, n_out) out.
 
-        .pt2 (torch.export, any B), .mlpackage (Core ML, B = 1; needs coremltools), .mlxfn (MLX, any B up to 64).
+        .pt2 (torch.export, any B), .mlpackage (Core ML, B = 1; needs coremltools), .mlxfn (MLX, B = 1, 2, 4 ... 64).
         """
         config = self.config
         x = mx.zeros((1, config.size, config.size, config.n_in))

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 LENET = dict(model="lenet", channels=[16, 32, 128], batch_size=128, lr=0.006, smoothing=0.0)
 RESNET = dict(model="resnet", channels=[16, 48, 96, 192], batch_size=128, lr=0.01, smoothing=0.1)
 SETS = {  # steps, and how far and whether images are shifted and flipped
-    "digits": dict(LENET, steps=600, shift=2, flip=False),
+    "digits": dict(LENET, steps=250, shift=2, flip=False),
     "mnist": dict(LENET, steps=2000, shift=1, flip=False),
     "fashion": dict(LENET, steps=1400, shift=2, flip=True),
     "cifar10": dict(RESNET, steps=1150, shift=2, flip=True),
@@ -356,10 +356,10 @@ def draw_mistakes(p, x, y, names, rows=5, columns=6):
             draw.text((u + 42, v + 105), f"not {names[y[i]]}"[:13], (90, 90, 90), font, "mm")
     counts = np.zeros((K, K), int)
     np.add.at(counts, (y, answers), 1)
-    side, left, top, small = 540 / K, columns * 96 + 90, 60, ImageFont.load_default(max(6, min(13, 150 // K)))
+    side, left, top, small = 520 / K, columns * 96 + 90, 60, ImageFont.load_default(max(6, min(13, 110 // K)))
     for i in range(K):
-        draw.text((left - 6, top + (i + 0.5) * side), names[i][:11], (60, 60, 60), small, "rm")
-        draw.text((left + (i + 0.5) * side, top - 8), names[i][:7], (60, 60, 60), small, "mm")
+        draw.text((left - 6, top + (i + 0.5) * side), names[i][:14], (60, 60, 60), small, "rm")
+        draw.text((left + (i + 0.5) * side, top - 8), names[i][:9], (60, 60, 60), small, "mm")
         for j in range(K):
             share = (counts[i, j] / max(1, counts[i].sum())) ** 0.5  # the root, so that rare mistakes show
             colour = np.array(PAPER) + share * (np.array(GREEN if i == j else RED) - PAPER)

@@ -42,7 +42,6 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
     "cnn": [
         (["--data", "missing"], "missing"),
         (["--data", "empty"], "sub-folders"),
-        (["--data", "data"], "sub-folders"),
         (["--data", "mnist"], "train-images"),
         (["--data", "cifar10"], "cifar-10-binary"),
         (["--channels", "0", "1", "1"], "--channels"),
