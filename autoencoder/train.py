@@ -219,7 +219,7 @@ def make_flowers(n, size, seed):
     return images, petals
 
 
-def load_cifar10():
+def read_cifar10():
     """CIFAR-10: images (N, 32, 32, 3) uint8 and labels (N,) of the training part, then of the test part."""
     home, parts = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", []
     path = fetch("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", home)
@@ -234,7 +234,7 @@ def load_cifar10():
     return images[:50000], labels[:50000], images[50000:], labels[50000:]
 
 
-def load_folder(folder, size):
+def read_folder(folder, size):
     """The pictures of a folder, cut to squares of `size`: all but every tenth, numbers for labels; then the others."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
     if len(files) < 20:
@@ -256,13 +256,13 @@ def load_data(args):
     if args.data in ("mnist", "fashion"):
         train, _, test, labels = load_idx(args.data)
     elif args.data == "cifar10":
-        train, _, test, labels = load_cifar10()
+        train, _, test, labels = read_cifar10()
     elif args.data == "flowers":
         (train, _), (test, labels) = (make_flowers(n, args.size, args.seed + i) for i, n in enumerate(drawn))
     elif args.data == "digits":
         (train, _), (test, labels) = (make_digits(n, args.seed + i) for i, n in enumerate(drawn))
     else:
-        train, _, test, labels = load_folder(args.data, args.size)
+        train, _, test, labels = read_folder(args.data, args.size)
     return (train, test, labels) if train.ndim == 4 else (train[..., None], test[..., None], labels)
 
 
