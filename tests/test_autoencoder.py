@@ -185,7 +185,7 @@ def test_cifar10(train, tmp_path, monkeypatch):
             info.size = rows[i].nbytes
             tar.addfile(info, io.BytesIO(rows[i].tobytes()))
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
-    x_train, y_train, x_test, y_test = train.load_cifar10()
+    x_train, y_train, x_test, y_test = train.read_cifar10()
     assert x_train.shape == (50000, 32, 32, 3) and x_test.shape == (10000, 32, 32, 3)
     assert (y_train[::10000] == range(5)).all() and (y_test == 5).all()
     assert (x_train[:, 3, 7] == [0, 200, 0]).all() and x_train[0].sum() == 200
@@ -198,7 +198,7 @@ def test_folder(train, tmp_path):
         file.parent.mkdir(exist_ok=True)
         Image.new(mode, (20 + i, 40 - i), 1 if mode in "P1" else None).save(file)
     (tmp_path / "notes.txt").write_text("no picture")
-    images, number, held, rest = train.load_pictures(tmp_path, 16)
+    images, number, held, rest = train.read_folder(tmp_path, 16)
     assert images.shape == (18, 16, 16, 3) and held.shape == (2, 16, 16, 3)
     assert sorted([*number, *rest]) == list(range(20))
 
