@@ -219,18 +219,11 @@ def make_flowers(n, size, seed):
     return images, petals
 
 
-<<<<<<< HEAD
 def load_cifar10():
     """Images (N, 32, 32, 3) uint8 and labels (N,) of the training part, then of the test part; the classes' names."""
     home = "https://www.cs.toronto.edu/~kriz https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10"
     file = "cifar-10-binary.tar.gz"
     path = fetch(file, "c32a1d4ab5d03f1284b67883e8d87530", *(f"{url}/{file}" for url in home.split()))
-=======
-def read_cifar10():
-    """CIFAR-10: images (N, 32, 32, 3) uint8 and labels (N,) of the training part, then of the test part."""
-    home, parts = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", []
-    path = fetch("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", home)
->>>>>>> autoencoder
     try:
         with tarfile.open(path) as tar:
             parts = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}
@@ -244,11 +237,7 @@ def read_cifar10():
         fail(f"{path} is damaged ({error}): delete it, and it will be downloaded again")
 
 
-<<<<<<< HEAD
-def load_pictures(folder, size):
-=======
 def read_folder(folder, size):
->>>>>>> autoencoder
     """The pictures of a folder, cut to squares of `size`: all but every tenth, numbers for labels; then the others."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
     if len(files) < 20:
@@ -270,21 +259,13 @@ def load_data(args):
     if args.data in ("mnist", "fashion"):
         train, _, test, labels = load_idx(args.data)
     elif args.data == "cifar10":
-<<<<<<< HEAD
         (train, _, test, labels), _ = load_cifar10()
-=======
-        train, _, test, labels = read_cifar10()
->>>>>>> autoencoder
     elif args.data == "flowers":
         (train, _), (test, labels) = (make_flowers(n, args.size, args.seed + i) for i, n in enumerate(drawn))
     elif args.data == "digits":
         (train, _), (test, labels) = (make_digits(n, args.seed + i) for i, n in enumerate(drawn))
     else:
-<<<<<<< HEAD
-        train, _, test, labels = load_pictures(args.data, args.size)
-=======
         train, _, test, labels = read_folder(args.data, args.size)
->>>>>>> autoencoder
     return (train, test, labels) if train.ndim == 4 else (train[..., None], test[..., None], labels)
 
 
