@@ -184,8 +184,12 @@ def test_cifar10(train, tmp_path, monkeypatch):
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
             info.size = rows[i].nbytes
             tar.addfile(info, io.BytesIO(rows[i].tobytes()))
+        info = tarfile.TarInfo("cifar-10-batches-bin/batches.meta.txt")
+        info.size = 9
+        tar.addfile(info, io.BytesIO(b"cat\ndog\n\n"[:9]))
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
-    x_train, y_train, x_test, y_test = train.read_cifar10()
+    (x_train, y_train, x_test, y_test), names = train.load_cifar10()
+    assert names == ["cat", "dog"]
     assert x_train.shape == (50000, 32, 32, 3) and x_test.shape == (10000, 32, 32, 3)
     assert (y_train[::10000] == range(5)).all() and (y_test == 5).all()
     assert (x_train[:, 3, 7] == [0, 200, 0]).all() and x_train[0].sum() == 200
