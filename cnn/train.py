@@ -201,7 +201,7 @@ def load_cifar10():
     file = "cifar-10-binary.tar.gz"
     path = fetch(file, "c32a1d4ab5d03f1284b67883e8d87530", *(f"{url}/{file}" for url in home.split()))
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:gz") as tar:
             parts = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}
         train = b"".join(parts[f"data_batch_{i}.bin"] for i in range(1, 6))
         arrays = []
