@@ -35,8 +35,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 TASKS = {
     "vae": dict(model="vae", likelihood="bernoulli", latent=20, steps=3000, lr=6e-3),
-    "denoise": dict(model="ae", likelihood="gaussian", latent=64, steps=1500, lr=1e-3),
-    "compress": dict(model="vae", likelihood="gaussian", latent=64, std=0.05, steps=2000, lr=4e-3),
+    "denoise": dict(model="ae", likelihood="bernoulli", latent=64, steps=1500, lr=2e-3),
+    "compress": dict(model="vae", likelihood="gaussian", latent=64, std=0.05, steps=2000, lr=2e-3),
 }
 
 # ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
