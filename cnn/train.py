@@ -31,16 +31,16 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MODELS = {  # LeNet: both convolutions and the hidden layer; ResNet: the stem and each block
     "lenet": dict(channels=[16, 32, 128], lr=0.006, smoothing=0.0),
-    "resnet": dict(channels=[16, 48, 96, 192], lr=0.01, smoothing=0.1),
+    "resnet": dict(channels=[16, 48, 96, 192], lr=0.02, smoothing=0.1),
 }
-SETS = {  # shift and flip: how far an image is moved while training, and whether half of them are mirrored
+SETS = {  # shift, flip: how far images are moved while training, and whether half of them are mirrored
     "digits": dict(model="lenet", steps=250, batch_size=128, shift=2, flip=False),
     "mnist": dict(model="lenet", steps=2000, batch_size=128, shift=1, flip=False),
     "fashion": dict(model="lenet", steps=1400, batch_size=128, shift=2, flip=True),
-    "cifar10": dict(model="resnet", steps=1150, batch_size=128, shift=2, flip=True),
+    "cifar10": dict(model="resnet", steps=700, batch_size=128, shift=0, flip=True),
     "folder": dict(model="resnet", steps=500, batch_size=128, shift=3, flip=True),
 }
-STYLE = dict(model="style", steps=150, batch_size=1, channels=[1], lr=0.05, size=256)
+STYLE = dict(model="style", steps=150, shift=0, batch_size=1, channels=[1], lr=0.05, size=256)
 
 # ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
 
@@ -456,6 +456,7 @@ def main():
     parser.add_argument("--data", default="digits", help="digits, mnist, fashion, cifar10 or a folder of folders")
     parser.add_argument("--model", choices=MODELS, help="default: lenet for grey images, else resnet")
     parser.add_argument("--channels", type=int, nargs="+", help="lenet: two convolutions, hidden; resnet: stem, blocks")
+    parser.add_argument("--shift", type=int, help="move each image by up to so many pixels (default: 0 to 3)")
     parser.add_argument("--size", type=int, help="folder: of the images (default 32); style: the longer side (256)")
     parser.add_argument("--content", help="style: the picture that says what is to be seen (default: drawn)")
     parser.add_argument("--style", help="style: the picture that says in which manner (default: drawn)")
@@ -479,8 +480,8 @@ def main():
     args.log_every = max(1, args.steps // 20)
     if args.steps < 0 or min(args.batch_size, *args.channels) < 1 or not 0 < args.lr < math.inf:
         fail("--steps must be 0 or more, --batch-size and --channels 1 or more, --lr more than 0")
-    if min(args.strength, args.tv) < 0 or args.size and args.size < 16:
-        fail("--strength and --tv must be 0 or more, --size 16 or more")
+    if min(args.strength, args.tv, args.shift) < 0 or args.size and args.size < 16:
+        fail("--strength, --tv and --shift must be 0 or more, --size 16 or more")
     if args.model == "lenet" and len(args.channels) != 3:
         fail("--channels of a lenet are three: both convolutions and the hidden layer")
 

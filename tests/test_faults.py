@@ -49,6 +49,7 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--channels", "0", "1", "1"], "--channels"),
         (["--channels", "8", "8"], "three"),
         (["--size", "8"], "--size"),
+        (["--shift", "-1"], "--shift"),
         (["--task", "style", "--tv", "-1"], "--tv"),
         (["--export", "net.onnx"], "--export"),
         (["--export", "net.pt2"], ".mlxfn"),
