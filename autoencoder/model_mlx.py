@@ -158,7 +158,7 @@ def loss_fn(model, x, y, eps):
 
 
 def to_numpy(model, arrays):
-    """What there is for each parameter, {name: array}, as numpy, a copy. Files have torch's layout: (n_out, n_in, k, k)."""
+    """What there is for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), torch's way."""
     convs = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
     return {name: np.array(a.transpose(0, 3, 1, 2) if name in convs else a) for name, a in arrays.items()}
 

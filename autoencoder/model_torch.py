@@ -158,7 +158,7 @@ def loss_fn(model, x, y, eps):
 
 
 def to_numpy(model, arrays):
-    """What there is for each parameter, {name: array}, as numpy, a copy. Files have torch's layout: (n_out, n_in, k, k)."""
+    """What there is for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), torch's way."""
     return {name: a.detach().cpu().numpy().copy() for name, a in arrays.items()}
 
 
