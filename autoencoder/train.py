@@ -289,14 +289,13 @@ def spoil(x, noise, rng):
 
 
 def jitter(images, amount, rng):
-    """Each of the pictures (N, H, W, C) uint8 turned, stretched and sheared, by about that share, and shifted a little."""
+    """Each picture (N, H, W, C) uint8 turned, stretched and sheared by about that share, and shifted a little."""
     N, H, W, C = images.shape
     matrix, middle = np.eye(2) + rng.normal(0, amount, (N, 2, 2)), np.array([W / 2, H / 2])
-    shift = middle - matrix @ middle + rng.uniform(-0.5, 0.5, (N, 2))
-    answers = []
-    for image, rows in zip(map(Image.fromarray, images.squeeze(-1) if C == 1 else images), np.dstack([matrix, shift])):
-        answers.append(image.transform((W, H), Image.Transform.AFFINE, rows.ravel(), Image.Resampling.BICUBIC))
-    return np.stack(answers).reshape(images.shape)
+    rows = np.dstack([matrix, middle - matrix @ middle + rng.uniform(-0.5, 0.5, (N, 2))]).reshape(N, 6)
+    how = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+    bent = [Image.fromarray(image.squeeze()).transform((W, H), how[0], row, how[1]) for image, row in zip(images, rows)]
+    return np.stack(bent).reshape(images.shape)
 
 
 def median(x):
@@ -431,7 +430,7 @@ def main():
     parser.add_argument("--std", type=float, default=0.1, help="the gaussian's: less makes longer codes")
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the KL: more makes shorter codes")
     parser.add_argument("--noise", type=float, default=0.3, help="standard deviation of what denoise takes away")
-    parser.add_argument("--jitter", type=float, default=0.0, help="how far to bend what is learnt from: long runs, 0.06")
+    parser.add_argument("--jitter", type=float, default=0.0, help="bend what is learnt from, against overfitting")
     parser.add_argument("--steps", type=int, help="0: only evaluate and draw")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, help="the highest rate; it falls to 0 along a cosine")
@@ -475,7 +474,7 @@ def main():
     def batch(step):
         rng = np.random.default_rng((args.seed, step, 1))
         images = train[rng.integers(0, len(train), args.batch_size)]
-        if args.jitter and step < 0.8 * args.steps:  # it blurs a little: the last steps are for the pictures as they are
+        if args.jitter and step < 0.8 * args.steps:  # it blurs a little: the last steps see the pictures as they are
             images = jitter(images, args.jitter, rng)
         return arrays(floats(images), rng)
 
