@@ -123,6 +123,21 @@ def test_conv(backend):
     assert pictures.shape == (16, 8, 4, 3) and pictures.std() > 0.05
 
 
+def test_files(tmp_path):
+    """After three steps of a convolutional net the two checkpoints hold the same arrays, moments too."""
+    files = []
+    for backend in BACKENDS:
+        trainer = make_trainer("autoencoder", 2, backend)
+        for arrays in batches("autoencoder", 2, 3):
+            trainer.step(*arrays, lr=1e-3)
+        trainer.save(tmp_path / backend, 3)
+        with np.load(tmp_path / backend) as f:
+            files.append({name: f[name] for name in f.files if name != "meta"})
+    assert files[0].keys() == files[1].keys() and files[1]["m.encoder.layers.0.weight"].shape == (16, 3, 4, 4)
+    for name, a in files[0].items():
+        assert np.abs(files[1][name] - a).max() < 1e-3 * np.abs(a).max(), name
+
+
 def test_codes(train):
     """Latents to bytes and back: off by sigma in the root mean square, idle dimensions for nothing."""
     rng = np.random.default_rng(0)
