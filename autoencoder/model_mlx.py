@@ -49,20 +49,6 @@ class Config:
     beta: float = 1.0  # weight of the KL
 
 
-class Conv(nn.Module):
-    """A convolution of x (B, H, W, n) to (B, H / stride, W / stride, m); its weight is (m, n, size, size)."""
-
-    def __init__(self, n, m, size, stride):
-        super().__init__()
-        self.weight, self.bias = mx.zeros((m, n, size, size)), mx.zeros(m)
-        self.stride = stride
-
-    def __call__(self, x):
-        # torch wants x as (B, n, H, W), a view that moves nothing in memory; MLX the weight as (m, size, size, n)
-        y = mx.conv2d(x, self.weight.transpose(0, 2, 3, 1), self.stride, padding=1)
-        return y + self.bias
-
-
 class LinearEncoder(nn.Module):
     def __init__(self, config, n_out):
         super().__init__()
@@ -97,14 +83,14 @@ class ConvEncoder(nn.Module):
         super().__init__()
         (H, W, C), half = config.image, 2 ** len(config.hidden)
         sizes = [C, *config.hidden]
-        self.layers = [Conv(n, m, size=4, stride=2) for n, m in zip(sizes, sizes[1:])]
-        self.out = nn.Linear(H // half * (W // half) * sizes[-1], n_out)
+        self.layers = [nn.Conv2d(n, m, 4, 2, 1) for n, m in zip(sizes, sizes[1:])]  # halve H and W
+        self.out = nn.Linear(sizes[-1] * (H // half) * (W // half), n_out)
 
     def __call__(self, x):
         """x (B, H, W, C) -> (B, n_out)"""
         for layer in self.layers:
-            x = nn.silu(layer(x))  # half as high and half as wide
-        return self.out(x.reshape(len(x), -1))
+            x = nn.silu(layer(x))
+        return self.out(x.transpose(0, 3, 1, 2).flatten(1))  # in torch's order, for one and the same self.out
 
 
 class ConvDecoder(nn.Module):
@@ -112,16 +98,16 @@ class ConvDecoder(nn.Module):
         super().__init__()
         (H, W, C), half = config.image, 2 ** len(config.hidden)
         sizes = [*reversed(config.hidden), C]
-        self.small = (H // half, W // half, sizes[0])
+        self.small = (sizes[0], H // half, W // half)
         self.inp = nn.Linear(config.latent, math.prod(self.small))
-        self.layers = [Conv(n, m, size=3, stride=1) for n, m in zip(sizes, sizes[1:])]
+        self.layers = [nn.Conv2d(n, m, 3, 1, 1) for n, m in zip(sizes, sizes[1:])]
+        self.upsample = nn.Upsample(scale_factor=2)  # each pixel four times
 
     def __call__(self, z):
         """z (B, latent) -> s (B, H, W, C)"""
-        x = self.inp(z).reshape(-1, *self.small)
+        x = self.inp(z).reshape(-1, *self.small).transpose(0, 2, 3, 1)  # from torch's order
         for layer in self.layers:
-            x = mx.repeat(mx.repeat(nn.silu(x), 2, 1), 2, 2)  # each pixel four times
-            x = layer(x)
+            x = layer(self.upsample(nn.silu(x)))
         return x
 
 
@@ -171,19 +157,30 @@ def loss_fn(model, x, y, eps):
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
+def to_numpy(model, arrays):
+    """What there is for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), torch's way."""
+    convs = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    return {name: np.array(a.transpose(0, 3, 1, 2) if name in convs else a) for name, a in arrays.items()}
+
+
+def from_numpy(model, arrays):
+    """The way back. Raises ValueError where an array has not the shape of its parameter."""
+    convs = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    arrays = {name: a.transpose(0, 2, 3, 1) if name in convs else a for name, a in arrays.items()}
+    for name, p in tree_flatten(model.parameters()):
+        if arrays[name].shape != p.shape:
+            raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {p.shape}")
+    return {name: mx.array(arrays[name]) for name, _ in tree_flatten(model.parameters())}
+
+
 def get_weights(model):
     """Every parameter as numpy, {name: array}, a copy."""
-    return {name: np.array(p) for name, p in tree_flatten(model.parameters())}
+    return to_numpy(model, dict(tree_flatten(model.parameters())))
 
 
 def set_weights(model, weights):
     """Put {name: numpy array} in place of the model's parameters."""
-    params = dict(tree_flatten(model.parameters()))
-    for name, p in params.items():
-        if weights[name].shape != p.shape:
-            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {p.shape}")
-        params[name] = mx.array(weights[name], mx.float32)
-    model.update(tree_unflatten(list(params.items())))
+    model.update(tree_unflatten(list(from_numpy(model, weights).items())))
 
 
 def init_weights(model, seed):
@@ -257,9 +254,9 @@ class Trainer:
     def save(self, path, step, **extra):
         """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
         arrays, state = get_weights(self.model), dict(tree_flatten(self.optimizer.state))
-        for name in list(arrays):
-            arrays[f"m.{name}"] = np.array(state[f"{name}.m"])
-            arrays[f"v.{name}"] = np.array(state[f"{name}.v"])
+        for kind in ("m", "v"):
+            moments = {name: state[f"{name}.{kind}"] for name, _ in tree_flatten(self.model.parameters())}
+            arrays |= {f"{kind}.{name}": a for name, a in to_numpy(self.model, moments).items()}
         meta = {"model": "autoencoder", "config": asdict(self.config), "step": step, **extra}
         with open(f"{path}.part", "wb") as f:
             np.savez(f, meta=json.dumps(meta), **arrays)
@@ -271,9 +268,9 @@ class Trainer:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
         self.t = meta["step"]
-        state = dict(tree_flatten(self.optimizer.state)) | {"step": mx.array(self.t, mx.uint64)}
-        for name in get_weights(self.model):
-            state[f"{name}.m"] = mx.array(arrays[f"m.{name}"])
-            state[f"{name}.v"] = mx.array(arrays[f"v.{name}"])
+        state = {"step": mx.array(self.t, mx.uint64), "learning_rate": self.optimizer.state["learning_rate"]}
+        for kind in ("m", "v"):
+            moments = {name: arrays[f"{kind}.{name}"] for name, _ in tree_flatten(self.model.parameters())}
+            state |= {f"{name}.{kind}": a for name, a in from_numpy(self.model, moments).items()}
         self.optimizer.state = tree_unflatten(list(state.items()))
         return self.t

@@ -48,20 +48,6 @@ class Config:
     beta: float = 1.0  # weight of the KL
 
 
-class Conv(nn.Module):
-    """A convolution of x (B, H, W, n) to (B, H / stride, W / stride, m); its weight is (m, n, size, size)."""
-
-    def __init__(self, n, m, size, stride):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(m, n, size, size)), nn.Parameter(torch.zeros(m))
-        self.stride = stride
-
-    def forward(self, x):
-        # torch wants x as (B, n, H, W), a view that moves nothing in memory; MLX the weight as (m, size, size, n)
-        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, self.stride, padding=1)
-        return y.permute(0, 2, 3, 1)
-
-
 class LinearEncoder(nn.Module):
     def __init__(self, config, n_out):
         super().__init__()
@@ -96,14 +82,15 @@ class ConvEncoder(nn.Module):
         super().__init__()
         (H, W, C), half = config.image, 2 ** len(config.hidden)
         sizes = [C, *config.hidden]
-        self.layers = nn.ModuleList([Conv(n, m, size=4, stride=2) for n, m in zip(sizes, sizes[1:])])
-        self.out = nn.Linear(H // half * (W // half) * sizes[-1], n_out)
+        self.layers = nn.ModuleList([nn.Conv2d(n, m, 4, 2, 1) for n, m in zip(sizes, sizes[1:])])  # halve H and W
+        self.out = nn.Linear(sizes[-1] * (H // half) * (W // half), n_out)
 
     def forward(self, x):
         """x (B, H, W, C) -> (B, n_out)"""
+        x = x.permute(0, 3, 1, 2)  # torch's order from here on
         for layer in self.layers:
-            x = F.silu(layer(x))  # half as high and half as wide
-        return self.out(x.reshape(len(x), -1))
+            x = F.silu(layer(x))
+        return self.out(x.flatten(1))
 
 
 class ConvDecoder(nn.Module):
@@ -111,17 +98,17 @@ class ConvDecoder(nn.Module):
         super().__init__()
         (H, W, C), half = config.image, 2 ** len(config.hidden)
         sizes = [*reversed(config.hidden), C]
-        self.small = (H // half, W // half, sizes[0])
+        self.small = (sizes[0], H // half, W // half)
         self.inp = nn.Linear(config.latent, math.prod(self.small))
-        self.layers = nn.ModuleList([Conv(n, m, size=3, stride=1) for n, m in zip(sizes, sizes[1:])])
+        self.layers = nn.ModuleList([nn.Conv2d(n, m, 3, 1, 1) for n, m in zip(sizes, sizes[1:])])
+        self.upsample = nn.Upsample(scale_factor=2)  # each pixel four times
 
     def forward(self, z):
         """z (B, latent) -> s (B, H, W, C)"""
         x = self.inp(z).reshape(-1, *self.small)
         for layer in self.layers:
-            x = torch.repeat_interleave(torch.repeat_interleave(F.silu(x), 2, 1), 2, 2)  # each pixel four times
-            x = layer(x)
-        return x
+            x = layer(self.upsample(F.silu(x)))
+        return x.permute(0, 2, 3, 1)  # back from torch's order
 
 
 class Autoencoder(nn.Module):
@@ -170,17 +157,27 @@ def loss_fn(model, x, y, eps):
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
+def to_numpy(model, arrays):
+    """What there is for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), torch's way."""
+    return {name: a.detach().cpu().numpy().copy() for name, a in arrays.items()}
+
+
+def from_numpy(model, arrays):
+    """The way back. Raises ValueError where an array has not the shape of its parameter."""
+    for name, p in model.named_parameters():
+        if arrays[name].shape != tuple(p.shape):
+            raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {tuple(p.shape)}")
+    return {name: torch.from_numpy(arrays[name]).to(p.device) for name, p in model.named_parameters()}
+
+
 def get_weights(model):
     """Every parameter as numpy, {name: array}, a copy."""
-    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
+    return to_numpy(model, dict(model.named_parameters()))
 
 
 def set_weights(model, weights):
     """Put {name: numpy array} in place of the model's parameters."""
-    for name, p in model.named_parameters():
-        if weights[name].shape != tuple(p.shape):
-            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
-        p.data.copy_(torch.from_numpy(weights[name]))
+    model.load_state_dict(from_numpy(model, weights))
 
 
 def init_weights(model, seed):
@@ -257,9 +254,9 @@ class Trainer:
     def save(self, path, step, **extra):
         """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
         arrays = get_weights(self.model)
-        for name, p in self.model.named_parameters():
-            arrays[f"m.{name}"] = self.optimizer.state[p]["exp_avg"].cpu().numpy()
-            arrays[f"v.{name}"] = self.optimizer.state[p]["exp_avg_sq"].cpu().numpy()
+        for kind, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+            moments = {name: self.optimizer.state[p][key] for name, p in self.model.named_parameters()}
+            arrays |= {f"{kind}.{name}": a for name, a in to_numpy(self.model, moments).items()}
         meta = {"model": "autoencoder", "config": asdict(self.config), "step": step, **extra}
         with open(f"{path}.part", "wb") as f:
             np.savez(f, meta=json.dumps(meta), **arrays)
@@ -271,8 +268,10 @@ class Trainer:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
         self.t = meta["step"]
-        for name, p in self.model.named_parameters():
-            self.optimizer.state[p] = {"step": torch.tensor(float(self.t), device=p.device)}
-            self.optimizer.state[p]["exp_avg"] = torch.from_numpy(arrays[f"m.{name}"]).to(self.device)
-            self.optimizer.state[p]["exp_avg_sq"] = torch.from_numpy(arrays[f"v.{name}"]).to(self.device)
+        for kind, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+            moments = {name: arrays[f"{kind}.{name}"] for name, _ in self.model.named_parameters()}
+            moments = from_numpy(self.model, moments)
+            for name, p in self.model.named_parameters():
+                self.optimizer.state[p][key] = moments[name]
+                self.optimizer.state[p]["step"].fill_(self.t)
         return self.t

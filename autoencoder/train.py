@@ -20,8 +20,6 @@ import math
 import os
 import platform
 import signal
-import statistics
-import struct
 import sys
 import tarfile
 import time
@@ -34,7 +32,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 TASKS = {
-    "vae": dict(model="vae", likelihood="bernoulli", latent=20, steps=3000, lr=6e-3),
+    "vae": dict(model="vae", likelihood="bernoulli", latent=20, steps=3000, lr=4e-3),
     "denoise": dict(model="ae", likelihood="bernoulli", latent=64, steps=1500, lr=2e-3),
     "compress": dict(model="vae", likelihood="gaussian", latent=64, std=0.05, steps=2000, lr=2e-3),
 }
@@ -254,19 +252,17 @@ def read_folder(folder, size):
 
 
 def load_data(args):
-    """Pictures to train on (N, H, W, C) uint8, held-out ones, and the labels of these."""
-    drawn = args.count, args.count // 5
-    if args.data in ("mnist", "fashion"):
+    """Pictures to train on (N, H, W, C) uint8, held-out ones float32, and the labels of these."""
+    if args.data in IDX:
         train, _, test, labels = load_idx(args.data)
     elif args.data == "cifar10":
         (train, _, test, labels), _ = load_cifar10()
-    elif args.data == "flowers":
-        (train, _), (test, labels) = (make_flowers(n, args.size, args.seed + i) for i, n in enumerate(drawn))
-    elif args.data == "digits":
-        (train, _), (test, labels) = (make_digits(n, args.seed + i) for i, n in enumerate(drawn))
+    elif args.data in ("digits", "flowers"):
+        make = make_digits if args.data == "digits" else lambda n, seed: make_flowers(n, args.size, seed)
+        (train, _), (test, labels) = make(args.count, args.seed), make(args.count // 5, args.seed + 1)
     else:
         train, _, test, labels = read_folder(args.data, args.size)
-    return (train, test, labels) if train.ndim == 4 else (train[..., None], test[..., None], labels)
+    return (train, floats(test), labels) if train.ndim == 4 else (train[..., None], floats(test)[..., None], labels)
 
 
 def floats(images):
@@ -292,17 +288,23 @@ def spoil(x, noise, rng):
     return (x + np.float32(noise) * rng.standard_normal(x.shape, np.float32)).clip(0, 1)
 
 
-# ---- denoising and compression ---------------------------------------------------------------------------------------
+def jitter(images, amount, rng):
+    """Each picture (N, H, W, C) uint8 turned, stretched and sheared by about that share, and shifted a little."""
+    N, H, W, C = images.shape
+    matrix, middle = np.eye(2) + rng.normal(0, amount, (N, 2, 2)), np.array([W / 2, H / 2])
+    rows = np.dstack([matrix, middle - matrix @ middle + rng.uniform(-0.5, 0.5, (N, 2))]).reshape(N, 6)
+    how = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+    bent = [Image.fromarray(image.squeeze()).transform((W, H), how[0], row, how[1]) for image, row in zip(images, rows)]
+    return np.stack(bent).reshape(images.shape)
 
 
 def median(x):
     """Pillow's median filter, 3x3, for each of the pictures (N, H, W, C)."""
-    rows = [np.asarray(Image.fromarray(image.squeeze()).filter(ImageFilter.MedianFilter(3))) for image in pixels(x)]
-    return floats(np.stack(rows)).reshape(x.shape)
+    answers = [Image.fromarray(image.squeeze()).filter(ImageFilter.MedianFilter(3)) for image in pixels(x)]
+    return floats(np.stack(answers)).reshape(x.shape)
 
 
-# numbers that follow no pattern gain nothing from the bytes and places before them: one table of frequencies
-LZMA = [{"id": lzma.FILTER_LZMA1, "lc": 0, "lp": 0, "pb": 0}]
+# ---- compression -----------------------------------------------------------------------------------------------------
 
 
 def pack(mu, sigma):
@@ -313,24 +315,13 @@ def pack(mu, sigma):
     """
     step = (math.sqrt(12) * sigma).astype("<f4")
     codes = np.rint(mu / step).clip(-127, 127).astype(np.int8)
-    body = codes.T.tobytes()  # one dimension after another: the packer learns the frequencies of each
-    return struct.pack("<II", *codes.shape) + step.tobytes() + lzma.compress(body, lzma.FORMAT_ALONE, filters=LZMA)
+    return step.tobytes() + lzma.compress(codes.T.tobytes())  # by dimension: each has frequencies of its own
 
 
-def unpack(data):
+def unpack(data, latent):
     """What pack wrote, as the rounded latents (N, latent) float32."""
-    n, latent = struct.unpack_from("<II", data)
-    step = np.frombuffer(data, "<f4", latent, 8)
-    codes = np.frombuffer(lzma.decompress(data[8 + 4 * latent :]), np.int8).reshape(latent, n)
-    return codes.T * step
-
-
-def tile(x, columns, gap=0):
-    """Pictures (N, H, W, C) in rows of `columns` as one sheet (rows (H + gap), columns (W + gap), C) uint8."""
-    N, H, W, C = x.shape
-    sheet = np.full((-(-N // columns), columns, H + gap, W + gap, C), PAPER if gap else 0, np.uint8)
-    sheet.reshape(-1, H + gap, W + gap, C)[:N, :H, :W] = pixels(x)
-    return sheet.swapaxes(1, 2).reshape(-1, columns * (W + gap), C)
+    codes = np.frombuffer(lzma.decompress(data[4 * latent :]), np.int8)
+    return codes.reshape(latent, -1).T * np.frombuffer(data, "<f4", latent)
 
 
 def rival(form, x, size):
@@ -347,83 +338,79 @@ def rival(form, x, size):
         return file
 
     best = encode(min(100, bisect.bisect_left(range(101), size, lo=1, key=lambda quality: encode(quality).tell())))
-    sheet = np.asarray(Image.open(best).convert(sheet.mode)).reshape(-1, H, columns, W, C).swapaxes(1, 2)
-    return floats(sheet.reshape(-1, H, W, C)[:N]), len(best.getvalue())
+    answer = np.asarray(Image.open(best).convert(sheet.mode)).reshape(-1, H, columns, W, C).swapaxes(1, 2)
+    return floats(answer.reshape(-1, H, W, C)[:N]), best.tell()
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-COLOURS = np.array([(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189)] * 2)
 PAPER = 250
+
+
+def tile(x, columns, gap=0):
+    """Pictures (N, H, W, C) in rows of `columns` as one sheet (rows (H + gap), columns (W + gap), C) uint8."""
+    N, H, W, C = x.shape
+    sheet = np.full((-(-N // columns), columns, H + gap, W + gap, C), PAPER if gap else 0, np.uint8)
+    sheet.reshape(-1, H + gap, W + gap, C)[:N, :H, :W] = pixels(x)
+    return sheet.swapaxes(1, 2).reshape(-1, columns * (W + gap), C)
 
 
 def draw_rows(parts, columns=12):
     """Pictures in rows under captions: {caption: pictures (N, H, W, C)}."""
     scale = max(1, round(60 / next(iter(parts.values())).shape[1]))
     sheets = [tile(x.repeat(scale, 1).repeat(scale, 2), columns, gap=2) for x in parts.values()]
-    heights = [28 + len(sheet) for sheet in sheets]
-    image = Image.new("RGB", (sheets[0].shape[1] + 10, sum(heights) + 6), (PAPER,) * 3)
-    for i, (caption, sheet) in enumerate(zip(parts, sheets)):
-        y, font = sum(heights[:i]), ImageFont.load_default(15)
-        ImageDraw.Draw(image).text((6, y + 14), caption, (60, 60, 60), font, anchor="lm")
+    image = Image.new("RGB", (sheets[0].shape[1] + 10, sum(len(sheet) + 28 for sheet in sheets) + 6), (PAPER,) * 3)
+    draw, font, y = ImageDraw.Draw(image), ImageFont.load_default(15), 0
+    for caption, sheet in zip(parts, sheets):
+        draw.text((6, y + 14), caption, (60, 60, 60), font, anchor="lm")
         image.paste(Image.fromarray(sheet.squeeze()), (6, y + 28))
+        y += len(sheet) + 28
     return image.convert("L") if sheet.shape[2] == 1 else image
 
 
-def draw_map(trainer, x, labels, n=20):
-    """The plane of two latents: what its points decode to, 1 / n^2 of the prior each; and where the pictures x lie."""
-    line = np.array([statistics.NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)], np.float32)
-    sheet = Image.fromarray(tile(trainer.decode(np.stack(np.meshgrid(line, -line), -1).reshape(-1, 2)), n).squeeze())
-    side = sheet.height
-    image = Image.new("RGB", (4 * side, 2 * side), "white")
-    image.paste(sheet.resize((2 * side, 2 * side)), (0, 0))
-    draw = ImageDraw.Draw(image)
-    for (u, v), label in zip(trainer.encode(x)[0] * [1, -1] * side / 3.5 + [3 * side, side], labels):
-        if u > 2 * side:
-            draw.circle((u, v), 5, tuple(COLOURS[label % 10].tolist()))
-    return image.reduce(2)
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- what a task shows: figures, and pictures under captions ---------------------------------------------------------
 
 
 def show_vae(trainer, train, test, labels, args):
     """Reconstructions, samples of the prior, walks from one picture to another; with two latents also their map."""
-    some = floats(test[:12])
     first = np.unique(labels, return_index=True)[1][:5]  # one of each label
-    mu, share = trainer.encode(floats(test[first]))[0], np.linspace(0, 1, 12, dtype=np.float32)[:, None]
+    mu, share = trainer.encode(test[first])[0], np.linspace(0, 1, 12, dtype=np.float32)[:, None]
     walks = np.concatenate([a + share * (b - a) for a, b in zip(mu, mu[1:])])
     prior = np.random.default_rng((args.seed, 3)).standard_normal((48, mu.shape[1]), np.float32)
-    parts = {"pictures not trained on": some, "and their reconstructions": trainer.reconstruct(some)}
+    parts = {"pictures not trained on": test[:12], "and their reconstructions": trainer.reconstruct(test[:12])}
     parts |= {"drawn from the prior, z ~ N(0, I)": trainer.decode(prior), "walks between two z": trainer.decode(walks)}
     if mu.shape[1] == 2:
-        draw_map(trainer, floats(test[:5000]), labels).save(args.out / "map.png", optimize=True)
+        line = np.linspace(-2.2, 2.2, 12, dtype=np.float32)
+        plane = np.stack(np.meshgrid(line, -line), -1).reshape(-1, 2)
+        parts["map of the plane of z: both numbers from -2.2 to 2.2"] = trainer.decode(plane)
     return {}, parts
 
 
 def show_denoise(trainer, train, test, labels, args):
     """Every test picture with noise, and without: PSNR before and after, and of the median filter."""
-    x = floats(test)
-    noisy = spoil(x, args.noise, np.random.default_rng((args.seed, 4)))
-    answers = {"psnr_noisy": (noisy, "with noise"), "psnr_median": (median(noisy), "after a median filter")}
-    answers["psnr"] = in_parts(trainer.reconstruct, noisy), "denoised"
-    figures = {name: psnr(y, x) for name, (y, _) in answers.items()}
-    parts = {f"{caption}: {figures[name]:.1f} dB": y[:24] for name, (y, caption) in answers.items()}
-    return figures, {**parts, "without noise": x[:24]}
+    noisy = spoil(test, args.noise, np.random.default_rng((args.seed, 4)))
+    answers = {"psnr_noisy": ("with noise", noisy), "psnr_median": ("after a median filter", median(noisy))}
+    answers["psnr"] = "denoised", in_parts(trainer.reconstruct, noisy)
+    figures = {name: psnr(y, test) for name, (_, y) in answers.items()}
+    parts = {f"{caption}: {figures[name]:.1f} dB": y[:24] for name, (caption, y) in answers.items()}
+    return figures, {**parts, "without noise": test[:24]}
 
 
 def show_compress(trainer, train, test, labels, args):
     """The test set to OUT/test.codes and back; JPEG and WebP get as many bytes or more. The decoder is not counted."""
-    x, file, sigma = floats(test), args.out / "test.codes", trainer.encode(floats(train[:1000]))[1]
-    file.write_bytes(pack(in_parts(lambda x: trainer.encode(x)[0], x), np.sqrt((sigma**2).mean(0))))
-    size = file.stat().st_size
-    answers = {"": ("latents", in_parts(trainer.decode, unpack(file.read_bytes())), size)}
-    answers |= {f"_{form.lower()}": (form, *rival(form, x, size)) for form in ("JPEG", "WebP")}
-    figures, parts = {}, {"pictures not trained on": x[:24]}
+    file, sigma = args.out / "test.codes", trainer.encode(floats(train[:1000]))[1]
+    file.write_bytes(pack(in_parts(lambda x: trainer.encode(x)[0], test), np.sqrt((sigma**2).mean(0))))
+    data = file.read_bytes()
+    answers = {"": ("latents", in_parts(trainer.decode, unpack(data, sigma.shape[1])), len(data))}
+    answers |= {f"_{form.lower()}": (form, *rival(form, test, len(data))) for form in ("JPEG", "WebP")}
+    figures, parts = {}, {"pictures not trained on": test[:24]}
     for end, (caption, y, size) in answers.items():
-        figures |= {f"bytes{end}": round(size / len(x), 2), f"psnr{end}": psnr(y, x)}
-        parts[f"{caption}: {size / len(x):.1f} bytes a picture, {figures[f'psnr{end}']:.1f} dB"] = y[:24]
+        figures |= {f"bytes{end}": round(size / len(test), 2), f"psnr{end}": psnr(y, test)}
+        parts[f"{caption}: {size / len(test):.1f} bytes a picture, {figures[f'psnr{end}']:.1f} dB"] = y[:24]
     return figures, parts
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
 
 
 def main():
@@ -443,6 +430,7 @@ def main():
     parser.add_argument("--std", type=float, default=0.1, help="the gaussian's: less makes longer codes")
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the KL: more makes shorter codes")
     parser.add_argument("--noise", type=float, default=0.3, help="standard deviation of what denoise takes away")
+    parser.add_argument("--jitter", type=float, default=0.0, help="bend what is learnt from, against overfitting")
     parser.add_argument("--steps", type=int, help="0: only evaluate and draw")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, help="the highest rate; it falls to 0 along a cosine")
@@ -453,12 +441,11 @@ def main():
     parser.set_defaults(**TASKS[parser.parse_known_args()[0].task])
     args = parser.parse_args()
     args.hidden = args.hidden or ([32, 64] if args.net == "conv" else [512, 512])
-    if args.steps < 0 or args.batch_size < 1 or not 0 < args.lr < math.inf or min(args.latent, *args.hidden) < 1:
-        fail("--steps must be 0 or more, --batch-size, --latent and --hidden 1 or more, --lr more than 0")
-    if not (0 < args.std < math.inf and 0 < args.noise < math.inf and 0 <= args.beta < math.inf):
-        fail("--std and --noise must be more than 0, --beta 0 or more")
-    if args.size < 8 or args.count < 100:
-        fail("--size must be 8 or more, --count 100 or more")
+    for name, least in dict(steps=0, batch_size=1, latent=1, beta=0, jitter=0, size=8, count=100).items():
+        if not least <= getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} must be {least} or more")
+    if not (0 < args.lr < math.inf and 0 < args.std < math.inf and 0 < args.noise < math.inf and min(args.hidden) > 0):
+        fail("--lr, --std, --noise and --hidden must be more than 0")
     args.log_every = max(1, args.steps // 20)
 
     ckpt = args.out / "ckpt.npz"
@@ -480,34 +467,35 @@ def main():
     print(f"autoencoder: {args.backend} on {args.device}, {params:,} parameters; {args.data}: {len(train):,} "
           f"pictures to train on, {len(test):,} held out; files go to {args.out}", flush=True)
 
-    def draw(images, rng):  # one step's arrays: what goes in, what should come out, eps
-        y = floats(images)
+    def arrays(y, rng):  # of one step: what goes in, what should come out, eps
         eps = rng.standard_normal((len(y), config.latent), np.float32)
         return spoil(y, args.noise, rng) if args.task == "denoise" else y, y, eps
 
     def batch(step):
         rng = np.random.default_rng((args.seed, step, 1))
-        return draw(train[rng.integers(0, len(train), args.batch_size)], rng)
+        images = train[rng.integers(0, len(train), args.batch_size)]
+        if args.jitter and step < 0.8 * args.steps:  # it blurs a little: the last steps see the pictures as they are
+            images = jitter(images, args.jitter, rng)
+        return arrays(floats(images), rng)
 
     def lr(step):
         return args.lr * (1 + math.cos(math.pi * step / args.steps)) / 2
 
-    def evaluate(images):
-        rng, total = np.random.default_rng((args.seed, 2)), {}
-        for part in np.array_split(images, math.ceil(len(images) / 1000)):
-            for name, value in trainer.evaluate(*draw(part, rng)).items():
-                total[name] = total.get(name, 0.0) + float(value) * len(part) / len(images)
-        return total
+    def evaluate(x):
+        rng, parts = np.random.default_rng((args.seed, 2)), np.array_split(x, math.ceil(len(x) / 1000))
+        figures = [trainer.evaluate(*arrays(part, rng)) for part in parts]
+        sizes = [len(part) / len(x) for part in parts]
+        return {name: sum(size * float(f[name]) for size, f in zip(sizes, figures)) for name in figures[0]}
 
     speed = fit(trainer, batch, lambda: evaluate(test[:1000]), lr, args, start)  # the result is of all of them
     show = {"vae": show_vae, "denoise": show_denoise, "compress": show_compress}[args.task]
     figures, parts = show(trainer, train, test, labels, args)
     draw_rows(parts).save(args.out / "sample.png", optimize=True)
-    files = {"vae": ["map.png"] if config.latent == 2 else [], "compress": ["test.codes"]}.get(args.task, [])
-    files = [str(file) for name in ("ckpt.npz", "sample.png", *files) if (file := args.out / name).exists()]
+    files = [args.out / name for name in ["ckpt.npz", "sample.png"] + ["test.codes"] * (args.task == "compress")]
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
     result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1)}
-    print("result " + json.dumps(result | evaluate(test) | figures | {"files": files}))
+    result |= {**evaluate(test), **figures, "files": [str(file) for file in files if file.exists()]}
+    print("result " + json.dumps(result))
 
 
 if __name__ == "__main__":
