@@ -373,7 +373,8 @@ def translate(model, src, beam=4, alpha=0.6, length=64):
     for _ in range(length - 1):
         logits = model.decoder(torch.from_numpy(tokens[:, -1:]).to(src.device), memory, mask, cache)[:, 0]
         more = torch.log_softmax(logits, -1).cpu().numpy()  # (B beam, V)
-        more[done] = np.where(np.arange(more.shape[1]) == PAD, 0.0, -np.inf)  # a sentence at its end stays as it is
+        more[:, [PAD, BOS]] = -np.inf  # which no sentence goes on with
+        more[done] = np.where(np.arange(more.shape[1]) == PAD, 0.0, -np.inf)  # but one at its end stays as it is
         total, n = logp[:, None] + more, n + ~done
         worth = (total / ((5 + n[:, None]) / 6) ** alpha).reshape(B, -1)
         best = np.argpartition(-worth, beam - 1, 1)[:, :beam] + np.arange(B)[:, None] * worth.shape[1]

@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PAD, BOS, EOS = 0, 1, 2
 SETS = {  # how each set of data is learnt by default; the others as a file of pairs
-    "numbers": dict(steps=700, batch_size=128, lr=0.01, length=40, n_layer=3, width=128),
+    "numbers": dict(steps=450, batch_size=64, lr=0.01, length=40, n_layer=3, width=128, beam=1),
     "multi30k": dict(steps=3000, batch_size=64, lr=0.005, length=64, n_layer=3, width=256, smoothing=0.1),
     "digits": dict(steps=400, batch_size=64, lr=0.01, length=1, n_layer=4, width=64, shift=2, flip=False),
     "mnist": dict(steps=2000, batch_size=64, lr=0.01, length=1, n_layer=4, width=64, shift=2, flip=False),
@@ -42,6 +42,7 @@ SETS = {  # how each set of data is learnt by default; the others as a file of p
     "cifar10": dict(steps=2000, batch_size=64, lr=0.01, length=1, n_layer=6, width=128, shift=2, flip=True),
     "shapes": dict(steps=800, batch_size=64, lr=0.005, length=16, n_layer=3, width=96),
 }
+COMMON = dict(smoothing=0.0, dropout=0.0, patch=4, warmup=0, beam=4)
 TASKS = {"translate": "numbers", "classify": "digits", "clip": "shapes"}
 
 # ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
@@ -526,6 +527,9 @@ def translate(args, saved):
 
         size = f"{len(train):,} pairs"
 
+    if args.prompt is not None and not 0 < len(sides[0].encode(args.prompt)) <= args.length:
+        fail(f"--prompt must have 1 to {args.length} tokens")
+
     def arrays(pairs):
         src = padded([sides[0].encode(a)[: args.length] for a, _ in pairs])
         return src, padded([[BOS, *sides[1].encode(b)[: args.length - 2], EOS] for _, b in pairs])
@@ -596,6 +600,9 @@ def clip(args, saved):
     known = [i for i in range(len(CAPTIONS)) if i not in held]
     new = [CAPTIONS[i] for i in sorted(held)]
 
+    if args.batch_size > len(known):
+        fail(f"--batch-size {args.batch_size} is more than the {len(known)} captions: make it smaller")
+
     def draw(captions, rng):
         return np.stack([draw_shape(caption, rng) for caption in captions])
 
@@ -644,20 +651,20 @@ def main():
     parser.add_argument("--steps", type=int, help="0: only evaluate")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float, help="the highest rate")
-    parser.add_argument("--warmup", type=int, default=100, help="steps in which the rate rises")
+    parser.add_argument("--warmup", type=int, help="steps in which the rate rises (default: a tenth of them)")
     parser.add_argument("--decay", choices=["linear", "inverse-sqrt"], default="linear", help="how the rate falls")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().with_name("out"))
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
     parser.add_argument("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best there is)")
-    parser.add_argument("--beam", type=int, default=4, help="how many beginnings are kept in the search; 1 is greedy")
+    parser.add_argument("--beam", type=int, help="how many beginnings are kept in the search; 1 is greedy")
     parser.add_argument("--prompt", help="a sentence to translate")
     args = parser.parse_args()
     args.data = args.data or TASKS[args.task]
-    for name, value in {"smoothing": 0.0, "dropout": 0.0, "patch": 4, **SETS.get(args.data, SETS["multi30k"])}.items():
+    for name, value in {**COMMON, **SETS.get(args.data, SETS["multi30k"])}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.log_every, args.extra = max(1, args.steps // 20), {}
+    args.log_every, args.extra, args.warmup = max(1, args.steps // 20), {}, args.warmup or max(1, args.steps // 10)
     if args.steps < 0 or min(args.batch_size, args.n_layer, args.n_head, args.beam, args.warmup) < 1 or args.merges < 0:
         fail("--steps and --merges must be 0 or more, --batch-size, --n-layer, --n-head, --beam, --warmup 1 or more")
     if not (0 < args.lr < math.inf and 0 <= args.dropout < 1 and 0 <= args.smoothing < 1):
