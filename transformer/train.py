@@ -276,11 +276,11 @@ def load_pairs(data):
     return [pair for i, pair in enumerate(pairs) if i % 20], pairs[::20]
 
 
-def padded(sentences):
+def padded(rows):
     """Lists of tokens -> (B, T) int64, filled with PAD."""
-    ids = np.full((len(sentences), max(map(len, sentences))), PAD)
-    for row, sentence in zip(ids, sentences):
-        row[: len(sentence)] = sentence
+    ids = np.full((len(rows), max(map(len, rows))), PAD)
+    for row, tokens in zip(ids, rows):
+        row[: len(tokens)] = tokens
     return ids
 
 
@@ -459,7 +459,7 @@ def draw_attention(p, source, target):
     return image
 
 
-def draw_patches(images, p, captions, columns=4):
+def draw_patches(images, p, texts, columns=4):
     """Pictures (N, H, W, C) uint8, and beside each where its class token looks: p (N, h, w)."""
     side = 120
     image = Image.new("RGB", (columns * (2 * side + 24), math.ceil(len(images) / columns) * (side + 34)), PAPER)
@@ -470,19 +470,19 @@ def draw_patches(images, p, captions, columns=4):
         light = Image.fromarray((255 * seen / seen.max()).astype(np.uint8)).resize(tile.size, Image.Resampling.BICUBIC)
         image.paste(tile, (u, v))
         image.paste(Image.composite(tile, Image.new("RGB", tile.size, (30, 20, 60)), light), (u + side + 4, v))
-        draw.text((u, v + side + 12), captions[i], INK, font, "lm")
+        draw.text((u, v + side + 12), texts[i], INK, font, "lm")
     return image
 
 
-def draw_matches(images, captions, likeness, rows=8, columns=6):
+def draw_matches(images, texts, likeness, rows=8, columns=6):
     """For some captions the pictures that are most like them; a frame marks those that it was written for."""
     image = Image.new("RGB", (250 + columns * 76, rows * 80 + 6), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    for row, i in enumerate(range(0, len(captions), max(1, len(captions) // rows))[:rows]):
-        draw.text((240, row * 80 + 40), captions[i], INK, font, "rm")
+    for row, i in enumerate(range(0, len(texts), max(1, len(texts) // rows))[:rows]):
+        draw.text((240, row * 80 + 40), texts[i], INK, font, "rm")
         for column, j in enumerate(np.argsort(-likeness[:, i])[:columns]):
             u, v = 250 + column * 76, row * 80 + 6
-            if captions[j % len(captions)] == captions[i]:
+            if j % len(texts) == i:
                 draw.rectangle((u - 3, v - 3, u + 70, v + 70), GREEN)
             image.paste(Image.fromarray(images[j]).resize((68, 68), Image.Resampling.NEAREST), (u, v))
     return image
@@ -491,7 +491,7 @@ def draw_matches(images, captions, likeness, rows=8, columns=6):
 # ---- the tasks: each gives the data's part of Config, batch(step), the arrays to evaluate, and report(trainer) -------
 
 
-def translate(args, saved):
+def sentences(args, saved):
     """Sentences: numbers as drawn at random, or a file's."""
     if args.data == "numbers":
         words = dict.fromkeys([*ONES, *TENS[2:], "hundred", "thousand", "million"])
@@ -547,8 +547,8 @@ def translate(args, saved):
         for text in shown:
             (ids,) = trainer.translate(padded([sides[0].encode(text)[: args.length]]), args.beam)
             print(f"{text}\n    -> {sides[1].decode(ids)}")
-        (ids,) = trainer.translate(padded([sides[0].encode(shown[0])[: args.length]]), args.beam)
-        src = sides[0].encode(shown[0])[: args.length]
+        src = sides[0].encode(max(shown, key=len))[: args.length]
+        (ids,) = trainer.translate(padded([src]), args.beam)
         p = trainer.attention(padded([src]), np.array([[BOS, *ids]]))[0].mean(0)
         names = [[side.decode([i]) for i in row] for side, row in zip(sides, (src, ids))]
         draw_attention(p, names[0], [*names[1], "end"]).save(args.out / "sample.png")
@@ -558,7 +558,7 @@ def translate(args, saved):
     return shape, lambda rng: arrays(choose(rng)), arrays(test[:500]), report, size
 
 
-def classify(args, saved):
+def pictures(args, saved):
     """Pictures by class."""
     names = [str(digit) for digit in range(10)]
     if args.data == "digits":
@@ -583,15 +583,15 @@ def classify(args, saved):
         p = np.concatenate([trainer.predict(part.astype(np.float32) / 255) for part in parts])
         seen = trainer.attention(x_test[:12].astype(np.float32) / 255)[:, :, 0, 1:].mean(1)
         seen = seen.reshape(12, *(side // trainer.config.patch for side in x_test.shape[1:3]))
-        captions = [f"{names[y]} {100 * q[y]:.0f} %" for q, y in zip(p, p[:12].argmax(1))]
-        draw_patches(x_test[:12], seen, captions).save(args.out / "sample.png")
+        texts = [f"{names[y]} {100 * q[y]:.0f} %" for q, y in zip(p, p[:12].argmax(1))]
+        draw_patches(x_test[:12], seen, texts).save(args.out / "sample.png")
         return {"accuracy": float((p.argmax(1) == y_test).mean())}
 
     shape = dict(model="vit", image=list(x_train.shape[1:]), n_out=len(names))
     return shape, choose, (x_test[:1000].astype(np.float32) / 255, y_test[:1000]), report, f"{len(x_train):,} pictures"
 
 
-def clip(args, saved):
+def captions(args, saved):
     """Drawn pictures and what they show; 64 of the 480 combinations are never trained on."""
     if args.data != "shapes":
         fail(f"--data {args.data}: clip has shapes")
@@ -603,11 +603,11 @@ def clip(args, saved):
     if args.batch_size > len(known):
         fail(f"--batch-size {args.batch_size} is more than the {len(known)} captions: make it smaller")
 
-    def draw(captions, rng):
-        return np.stack([draw_shape(caption, rng) for caption in captions])
+    def draw(texts, rng):
+        return np.stack([draw_shape(text, rng) for text in texts])
 
-    def arrays(captions, rng):
-        return draw(captions, rng).astype(np.float32) / 255, padded([tokens.encode(text) for text in captions])
+    def arrays(texts, rng):
+        return draw(texts, rng).astype(np.float32) / 255, padded([tokens.encode(text) for text in texts])
 
     def choose(rng):
         return arrays([CAPTIONS[i] for i in rng.choice(known, args.batch_size, replace=False)], rng)
@@ -677,7 +677,8 @@ def main():
     if saved and (saved["task"], saved["data"]) != (args.task, args.data):
         fail(f"{ckpt} was trained with --task {saved['task']} --data {saved['data']}: repeat them, or change --out")
     net = load_twin(args)
-    shape, choose, held_out, report, size = globals()[args.task](args, saved)
+    task = {"translate": sentences, "classify": pictures, "clip": captions}[args.task]
+    shape, choose, held_out, report, size = task(args, saved)
     if args.patch < 1 or any(side % args.patch for side in shape.get("image", [])[:2]):
         fail("--patch must divide height and width of the pictures")
     shape |= {"label_smoothing": args.smoothing}
