@@ -55,6 +55,27 @@ def images(config, rng):
     return x, rng.integers(0, config.n_out, 16)
 
 
+def sentences(config, rng):
+    """For a Transformer: pairs of sentences with padding, or pictures with classes or captions."""
+    ids = rng.integers(3, config.src_vocab, (8, 7))
+    ids[:3, 5:] = 0
+    if config.model == "seq2seq":
+        tgt = rng.integers(3, config.tgt_vocab, (8, 9))
+        tgt[:, 0], tgt[4, 6:], tgt[5, 6:] = 1, 0, [2, 0, 0]
+        return ids, tgt
+    x = rng.random((8, *config.image), np.float32)
+    return (x, rng.integers(0, config.n_out, 8)) if config.model == "vit" else (x, ids)
+
+
+def said(trainer, *arrays):
+    """What a Transformer says of a batch: translations, filled up; probabilities; unit vectors."""
+    if trainer.config.model == "vit":
+        return trainer.predict(arrays[0])
+    if trainer.config.model == "clip":
+        return np.concatenate(trainer.embed(*arrays))
+    return np.array([ids + [0] * (trainer.config.length - len(ids)) for ids in trainer.translate(arrays[0], beam=3)])
+
+
 FOLDERS = {
     "mlp": Folder(
         configs=[
@@ -122,7 +143,26 @@ FOLDERS = {
         learned=("accuracy", ">", 0.8),
         files=["ckpt.npz", "sample.png", "filters.png"],
     ),
-}
+    "transformer": Folder(
+        configs=[
+            dict(src_vocab=15, tgt_vocab=12, length=12, n_layer=2, n_head=2, width=24, label_smoothing=0.1),
+            dict(src_vocab=15, tgt_vocab=12, length=12, n_layer=1, n_head=2, width=24, norm="post", positions="learned",
+                 optimizer="adamw"),
+            dict(model="vit", image=[8, 12, 3], n_out=4, n_layer=2, n_head=3, width=24),
+            dict(model="clip", image=[8, 8, 3], src_vocab=15, length=8, n_out=6, n_layer=1, n_head=2, width=16,
+                 optimizer="adamw"),
+        ],
+        curve=[20, 50, 20, 50],
+        batch=sentences,
+        loss=lambda net, model, *arrays: model.loss(*arrays)[0],
+        outputs=said,
+        lr=0.01,
+        overfit=(80, 1.2),
+        smoke=["--steps", "60", "--width", "64", "--n-layer", "1", "--beam", "1"],
+        learned=("accuracy", ">", 0.7),
+        files=["ckpt.npz", "sample.png"],
+    ),
+}  # fmt: skip
 CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]
 SOME = [*((name, "mlx") for name in FOLDERS), ("mlp", "torch")]  # for what train.py does the same whatever the model
 

@@ -1,0 +1,559 @@
+"""Transformers in PyTorch: encoder and decoder for translation, encoders alone in ViT for pictures and in CLIP.
+
+    Seq2Seq    src (B, S) -> encoder -> memory (B, S, C);  tgt (B, T), memory -> decoder -> logits (B, T, V)
+    ViT        x (B, H, W, C) -> patches -> Linear, after a class token -> encoder -> class token -> logits (B, n_out)
+    CLIP       x (B, H, W, C) and captions (B, S) -> two encoders -> unit vectors, alike where they belong together
+
+Attention: a query q looks at every place s as much as its key k_s is like q, and takes home the mean of the values v_s:
+    y = sum_s p_s v_s        p = softmax(a)        a_s = q . k_s / sqrt(d)
+q . k_s is a sum of d products: the root keeps its size from growing with d, where the softmax would have no gradient.
+Backwards, with dy the gradient of y:
+    y = sum_s p_s v_s             gives    dv_s = p_s dy        dp_s = dy . v_s
+    p_s = e^a_s / sum_r e^a_r     gives    dp_s / da_r = p_s ([s = r] - p_r),  so that da_s = p_s (dp_s - p . dp)
+    a_s = q . k_s / sqrt(d)       gives    dq = sum_s da_s k_s / sqrt(d)        dk_s = da_s q / sqrt(d)
+n_head heads do this side by side, each with queries, keys and values of d = C / n_head numbers: linear maps of x.
+Attention has no idea of order: waves of many lengths, or learned vectors, added to the input say where each token is.
+
+Vaswani et al. 2017, "Attention is all you need"; Dosovitskiy et al. 2021, "An image is worth 16x16 words";
+Radford et al. 2021, "Learning transferable visual models from natural language supervision".
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PAD, BOS, EOS = 0, 1, 2  # tokens: nothing, the beginning and the end of a sentence
+
+
+@dataclass
+class Config:
+    model: str = "seq2seq"  # seq2seq, vit or clip
+    src_vocab: int = 1000  # of the source; clip: of the captions
+    tgt_vocab: int = 1000
+    length: int = 64  # the most tokens of a sentence
+    image: tuple = (28, 28, 1)  # vit, clip: height, width, channels
+    patch: int = 4  # height and width of a patch
+    n_out: int = 10  # vit: classes; clip: dimensions of the space that pictures and captions share
+    n_layer: int = 3  # of each encoder and decoder
+    n_head: int = 4
+    width: int = 128
+    norm: str = "pre"  # pre: x + f(norm(x)), which trains without care; post: norm(x + f(x)), as in the paper
+    positions: str = "sinusoidal"  # or learned
+    dropout: float = 0.0  # of the embeddings and of what each branch adds
+    label_smoothing: float = 0.0  # the share of 1 that is spread over all tokens
+    optimizer: str = "muon"  # muon or adamw
+    weight_decay: float = 0.0
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def attention(q, k, v, mask=None):
+    """q (B, h, T, d), k and v (B, h, S, d), mask True where a query may look -> y (B, h, T, d) and p (B, h, T, S)."""
+    a = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        a = torch.where(mask, a, -math.inf)
+    p = torch.softmax(a, -1)
+    return p @ v, p
+
+
+def attention_backward(dy, q, k, v, p):
+    """dy (B, h, T, d) -> the gradients dq, dk, dv. Where the mask is False p is 0, and so is all that passes there."""
+    dv = p.swapaxes(-1, -2) @ dy
+    dp = dy @ v.swapaxes(-1, -2)
+    da = p * (dp - (p * dp).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
+    return da @ k, da.swapaxes(-1, -2) @ q, dv
+
+
+class MultiHeadAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.by_hand = config.n_head, False
+        self.q = nn.Linear(config.width, config.width, bias=False)
+        self.k = nn.Linear(config.width, config.width, bias=False)
+        self.v = nn.Linear(config.width, config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def heads(self, x):
+        """(B, T, C) -> (B, h, T, d)"""
+        return x.reshape(*x.shape[:2], self.n_head, -1).swapaxes(1, 2)
+
+    def keys_values(self, x):
+        """x (B, S, C) -> k and v, (B, h, S, d) each"""
+        return self.heads(self.k(x)), self.heads(self.v(x))
+
+    def forward(self, x, kv, mask):
+        """The queries of x (B, T, C) look at kv -> (B, T, C), where the mask, of a shape like (B, h, T, S), is True."""
+        q, (k, v) = self.heads(self.q(x)), kv
+        if self.by_hand:  # the same, and p is kept to be looked at
+            y, self._p = attention(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.swapaxes(1, 2).reshape(x.shape))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, 4 * config.width)
+        self.fc2 = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class EncoderBlock(nn.Module):
+    """Every token looks at every other, and then thinks for itself."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.pre = config.norm == "pre"
+        self.norm1, self.attn = nn.LayerNorm(config.width, eps=1e-5), MultiHeadAttention(config)
+        self.norm2, self.ff = nn.LayerNorm(config.width, eps=1e-5), FeedForward(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def add(self, x, norm, f):
+        """x, and what f says of it. With the norm before f there is a way past all the layers that no norm changes."""
+        return x + self.drop(f(norm(x))) if self.pre else norm(x + self.drop(f(x)))
+
+    def forward(self, x, mask):
+        x = self.add(x, self.norm1, lambda y: self.attn(y, self.attn.keys_values(y), mask))
+        return self.add(x, self.norm2, self.ff)
+
+
+class DecoderBlock(EncoderBlock):
+    """Every token looks at those before it, then at the encoder's memory, and then thinks for itself."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm3, self.cross = nn.LayerNorm(config.width, eps=1e-5), MultiHeadAttention(config)
+
+    def forward(self, x, mask, memory, memory_mask, cache, layer):
+        """x (B, T, C); memory: the keys and values of the encoder's output. With a cache, x goes on from it."""
+
+        def look_back(y):
+            kv = self.attn.keys_values(y)
+            return self.attn(y, kv if cache is None else cache.append(layer, kv), mask)
+
+        x = self.add(x, self.norm1, look_back)
+        x = self.add(x, self.norm2, lambda y: self.cross(y, memory, memory_mask))
+        return self.add(x, self.norm3, self.ff)
+
+
+class Positions(nn.Module):
+    """Adds to each token its place: sin and cos of it at wavelengths from 2 pi to 20,000 pi, or a learned vector."""
+
+    def __init__(self, config, length):
+        super().__init__()
+        if config.positions == "learned":
+            self.weight = nn.Parameter(torch.zeros(length, config.width))
+        else:
+            angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, config.width, 2) / config.width)
+            table = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(length, -1)  # sin, cos, sin, cos ...
+            self.register_buffer("_table", torch.from_numpy(table.astype(np.float32)), persistent=False)
+        self.learned, self.drop = config.positions == "learned", nn.Dropout(config.dropout)
+
+    def forward(self, x, start=0):
+        """x (B, T, C), whose first token is at the place `start`."""
+        table = self.weight if self.learned else self._table
+        return self.drop(x + table[start : start + x.shape[1]])
+
+
+class Cache:
+    """What decoding needs of the past: the keys and values, in each layer, of the memory and of the tokens so far."""
+
+    def __init__(self, decoder, memory):
+        self.memory = [block.cross.keys_values(memory) for block in decoder.blocks]
+        self.past, self.length = [None] * len(decoder.blocks), 0
+
+    def append(self, layer, kv):
+        if self.past[layer] is not None:
+            kv = [torch.cat(both, 2) for both in zip(self.past[layer], kv)]
+        self.past[layer] = kv
+        return kv
+
+    def reorder(self, rows):
+        """Go on from these of the rows."""
+        self.past = [[a[rows] for a in kv] for kv in self.past]
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """A sentence's tokens, each seen in the light of all."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.scale = math.sqrt(config.width)
+        self.embed = nn.Embedding(config.src_vocab, config.width)
+        self.positions = Positions(config, config.length)
+        self.blocks = nn.ModuleList([EncoderBlock(config) for _ in range(config.n_layer)])
+        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+
+    def forward(self, ids):
+        """ids (B, S) -> (B, S, C), and the mask (B, 1, 1, S) that is False at the padding."""
+        mask = (ids != PAD)[:, None, None]
+        x = self.positions(self.scale * self.embed(ids))  # entries of about 1, as those of the positions
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x), mask
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.scale = math.sqrt(config.width)
+        self.embed = nn.Embedding(config.tgt_vocab, config.width)
+        self.positions = Positions(config, config.length)
+        self.blocks = nn.ModuleList([DecoderBlock(config) for _ in range(config.n_layer)])
+        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+
+    def forward(self, ids, memory, memory_mask, cache=None):
+        """ids (B, T), memory (B, S, C) -> logits (B, T, V). With a cache, ids (B, 1) go on from what it holds."""
+        T, start = ids.shape[1], 0 if cache is None else cache.length
+        mask = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()  # t sees 0 ... t
+        x = self.positions(self.scale * self.embed(ids), start)
+        for layer, block in enumerate(self.blocks):
+            seen = block.cross.keys_values(memory) if cache is None else cache.memory[layer]
+            x = block(x, mask if cache is None else None, seen, memory_mask, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x) @ self.embed.weight.T  # the head is tied to the embedding
+
+
+class Seq2Seq(nn.Module):
+    """p(tgt | src) is the product over t of p(tgt_t | tgt_1 ... tgt_{t-1}, src)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.encoder, self.decoder = config, Encoder(config), Decoder(config)
+
+    def forward(self, src, tgt):
+        """src (B, S), tgt (B, T) -> logits (B, T, V)"""
+        return self.decoder(tgt, *self.encoder(src))
+
+    def loss(self, src, tgt):
+        """The mean -log p of the tokens of tgt (B, T + 1) after BOS, nats a token; and the share that is likeliest."""
+        logits, y = self(src, tgt[:, :-1]), tgt[:, 1:]
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        nll = F.cross_entropy(logits.swapaxes(1, 2), y, label_smoothing=smoothing, reduction="none")
+        real = (y != PAD).float()
+        return (nll * real).sum() / real.sum(), ((logits.argmax(-1) == y) * real).sum() / real.sum()
+
+
+class BuiltinSeq2Seq(nn.Module):
+    """The same on the framework's own nn.Transformer, with the weights of a Seq2Seq: it gives the same logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        c, self.encoder, self.decoder = model.config, model.encoder, model.decoder
+        self.transformer = nn.Transformer(
+            c.width, c.n_head, c.n_layer, c.n_layer, 4 * c.width, 0.0, norm_first=c.norm == "pre", batch_first=True
+        )
+        ours, theirs = dict(model.named_parameters()), {}
+        for name, w in ours.items():
+            if name.endswith(".q.weight"):  # queries, keys and values are one matrix
+                name = name.replace(".q.weight", ".in_proj_weight")
+                w = torch.cat([w, *(ours[name.replace("in_proj_weight", f"{a}.weight")] for a in "kv")])
+            for a, b in {"blocks": "layers", ".attn": ".self_attn", "cross": "multihead_attn", ".out.": ".out_proj.",
+                         "ff.fc": "linear"}.items():  # fmt: skip
+                name = name.replace(a, b)
+            theirs[name] = w
+        for name, p in self.transformer.named_parameters():  # the biases of attention, which ours has not, are 0
+            p.data.copy_(theirs.get(name, torch.zeros_like(p)))
+
+    def forward(self, src, tgt):
+        """src (B, S), tgt (B, T) -> logits (B, T, V)"""
+        sides = (self.encoder, src), (self.decoder, tgt)
+        embed = [side.positions(side.scale * side.embed(ids)) for side, ids in sides]
+        T = tgt.shape[1]
+        ahead = torch.ones(T, T, dtype=torch.bool, device=tgt.device).triu(1)  # here True is what must not be seen
+        pad = src == PAD
+        y = self.transformer(*embed, tgt_mask=ahead, src_key_padding_mask=pad, memory_key_padding_mask=pad)
+        return y @ self.decoder.embed.weight.T
+
+
+class ImageEncoder(nn.Module):
+    """A picture as a sentence of patches, after a class token that gathers what it shows."""
+
+    def __init__(self, config):
+        super().__init__()
+        (H, W, C), self.patch = config.image, config.patch
+        self.embed = nn.Linear(self.patch**2 * C, config.width)
+        self.token = nn.Parameter(torch.zeros(config.width))
+        self.positions = Positions(config, H // self.patch * (W // self.patch) + 1)
+        self.blocks = nn.ModuleList([EncoderBlock(config) for _ in range(config.n_layer)])
+        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+
+    def forward(self, x):
+        """x (B, H, W, C), pixels from 0 to 1 -> the class token (B, width)"""
+        (B, H, W, C), p = x.shape, self.patch
+        x = (4 * x - 2).reshape(B, H // p, p, W // p, p, C).swapaxes(2, 3).reshape(B, -1, p * p * C)  # (B, N, p p C)
+        x = torch.cat([self.token.expand(B, 1, -1), self.embed(x)], 1)
+        x = self.positions(x)
+        for block in self.blocks:
+            x = block(x, None)
+        return self.norm(x[:, 0])
+
+
+class ViT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.encoder = config, ImageEncoder(config)
+        self.head = nn.Linear(config.width, config.n_out)
+
+    def forward(self, x):
+        """x (B, H, W, C) -> logits (B, n_out)"""
+        return self.head(self.encoder(x))
+
+    def loss(self, x, y):
+        """The mean -log p of the classes y (B,); and the share that is right."""
+        logits, smoothing = self(x), self.config.label_smoothing if self.training else 0.0
+        return F.cross_entropy(logits, y, label_smoothing=smoothing), (logits.argmax(-1) == y).float().mean()
+
+
+class CLIP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.image, self.text = config, ImageEncoder(config), Encoder(config)
+        self.image_proj = nn.Linear(config.width, config.n_out, bias=False)
+        self.text_proj = nn.Linear(config.width, config.n_out, bias=False)
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    def embed_images(self, x):
+        """x (B, H, W, C) -> unit vectors (B, n_out)"""
+        return unit(self.image_proj(self.image(x)))
+
+    def embed_texts(self, ids):
+        """ids (B, S) -> unit vectors (B, n_out), of the mean over the tokens; the paper reads its last one"""
+        x, mask = self.text(ids)
+        real = mask[:, 0, 0, :, None]
+        return unit(self.text_proj((x * real).sum(1) / real.sum(1)))
+
+    def forward(self, x, ids):
+        """x (B, H, W, C), ids (B', S) -> logits (B, B'): cosines over a learned temperature e^-logit_scale >= 0.01"""
+        return self.embed_images(x) @ self.embed_texts(ids).T * torch.exp(self.logit_scale.clip(max=math.log(100)))
+
+    def loss(self, x, ids):
+        """Which caption belongs to each picture, and which picture to each caption? Mean -log p; the share found."""
+        logits = self(x, ids)
+        y = torch.arange(len(logits), device=logits.device)
+        loss = (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y)) / 2
+        right = (logits.argmax(1) == y).float() + (logits.argmax(0) == y).float()
+        return loss, right.mean() / 2
+
+
+def unit(x):
+    """Each vector divided by its length."""
+    return x / torch.sqrt((x * x).sum(-1, keepdim=True))
+
+
+# ---- translation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def translate(model, src, beam=4, alpha=0.6, length=64):
+    """The likeliest sentence for each row of src (B, S), as lists of tokens, by beam search; a beam of 1 is greedy.
+
+    The `beam` best beginnings of each sentence are kept. As every token costs, sentences of n tokens are compared by
+    log p / ((5 + n) / 6)^alpha (Wu et al. 2016). All of it but the model is numpy.
+    """
+    B, rows = len(src), np.arange(len(src)).repeat(beam)
+    memory, mask = (a[torch.from_numpy(rows).to(src.device)] for a in model.encoder(src))
+    cache = Cache(model.decoder, memory)
+    tokens, n = np.full((B * beam, 1), BOS), np.zeros(B * beam)
+    logp, done = np.where(np.arange(B * beam) % beam, -np.inf, 0.0), np.zeros(B * beam, bool)  # at first, one beginning
+    for _ in range(length - 1):
+        logits = model.decoder(torch.from_numpy(tokens[:, -1:]).to(src.device), memory, mask, cache)[:, 0]
+        more = torch.log_softmax(logits, -1).cpu().numpy()  # (B beam, V)
+        more[:, [PAD, BOS]] = -np.inf  # which no sentence goes on with
+        more[done] = np.where(np.arange(more.shape[1]) == PAD, 0.0, -np.inf)  # but one at its end stays as it is
+        total, n = logp[:, None] + more, n + ~done
+        worth = (total / ((5 + n[:, None]) / 6) ** alpha).reshape(B, -1)
+        best = np.argpartition(-worth, beam - 1, 1)[:, :beam] + np.arange(B)[:, None] * worth.shape[1]
+        rows, token = np.divmod(best.reshape(-1), more.shape[1])
+        tokens, n, logp = np.concatenate([tokens[rows], token[:, None]], 1), n[rows], total[rows, token]
+        done = done[rows] | (token == EOS)
+        if done.all():
+            break
+        cache.reorder(torch.from_numpy(rows).to(src.device))
+    best = (logp / ((5 + n) / 6) ** alpha).reshape(B, beam).argmax(1) + np.arange(B) * beam
+    return [[int(t) for t in row[1:] if t not in (PAD, EOS)] for row in tokens[best]]
+
+
+# ---- optimizers: p parameter, g gradient, m and v running moments (zeros at first), t = 1, 2, ... --------------------
+
+
+@torch.no_grad()
+def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
+    """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
+    m.lerp_(g, 1 - beta1)  # m = beta1 m + (1 - beta1) g
+    v.lerp_(g * g, 1 - beta2)
+    v_hat = v / (1 - beta2**t)
+    p.mul_(1 - lr * weight_decay).addcdiv_(m, v_hat.sqrt() + eps, value=-lr / (1 - beta1**t))
+
+
+@torch.no_grad()
+def muon(p, g, m, lr, weight_decay, beta=0.9):
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+
+    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    """
+    m.lerp_(g, 1 - beta)
+    update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum as it will be one step on
+    p.mul_(1 - lr * weight_decay).sub_(lr * 0.2 * max(p.shape) ** 0.5 * update)
+
+
+def orthogonalize(g):
+    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+
+    A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
+    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    """
+    x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
+    x = x / (x.norm() + 1e-7)
+    xxt, eye = x @ x.T, torch.eye(x.shape[0], device=x.device)
+    q = eye
+    for _ in range(5):
+        p = 3.4445 * eye - 4.7750 * xxt + 2.0315 * xxt @ xxt
+        q, xxt = p @ q, p @ xxt @ p
+    return (q @ x).T if g.shape[0] > g.shape[1] else q @ x
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def get_weights(model):
+    """Every parameter as numpy, {name: array}, a copy."""
+    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
+
+
+def set_weights(model, weights):
+    """Put {name: numpy array} in place of the model's parameters."""
+    for name, p in model.named_parameters():
+        if weights[name].shape != tuple(p.shape):
+            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
+        p.data.copy_(torch.from_numpy(weights[name]))
+
+
+def init_weights(model, seed):
+    """Embeddings N(0, 0.02^2); matrices N(0, 1/n_in), those that add to x over sqrt(2 n_layer); norms 1, biases 0."""
+    rng, weights = np.random.default_rng(seed), get_weights(model)
+    for name, w in sorted(weights.items()):
+        if w.ndim == 2:
+            std = 0.02 if name.endswith(("embed.weight", "positions.weight")) else 1 / math.sqrt(w.shape[1])
+            std /= math.sqrt(2 * model.config.n_layer) if name.endswith(("out.weight", "fc2.weight")) else 1
+            weights[name] = rng.standard_normal(w.shape, np.float32) * np.float32(std)
+        elif name == "logit_scale":
+            weights[name] = np.full_like(w, math.log(1 / 0.07))
+        else:
+            weights[name] = np.full_like(w, "norm" in name and name.endswith("weight"))
+    set_weights(model, weights)
+
+
+def devices():
+    """The devices that can be used here, the best first."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, there in found.items() if there]
+
+
+class Trainer:
+    """A model and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+
+    def __init__(self, config, seed=0, device=None):
+        self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
+        self.model = {"seq2seq": Seq2Seq, "vit": ViT, "clip": CLIP}[config.model](config).to(self.device)
+        init_weights(self.model, seed)
+        self.m = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
+        self.v = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
+
+    def arrays(self, *arrays):
+        """Numpy to the framework. Ids are checked first: MLX would read past the end of an array without a word."""
+        c = self.config
+        most = {"seq2seq": (c.src_vocab, c.tgt_vocab), "vit": (0, c.n_out), "clip": (0, c.src_vocab)}[c.model]
+        for a, n in zip(arrays, most):
+            if a.dtype == np.int64 and not 0 <= a.min() <= a.max() < n:
+                raise ValueError(f"a token or a class is outside 0 ... {n - 1}")
+        return [torch.from_numpy(a).to(self.device) for a in arrays]
+
+    def step(self, *arrays, lr):
+        """One update on arrays that model.loss takes; returns {"loss"}, the one before it, in nats."""
+        arrays = self.arrays(*arrays)
+        self.t += 1
+        torch.manual_seed(self.seed + 1_000_003 * self.t)  # for dropout, the one thing that the framework draws
+        self.model.train()
+        self.model.zero_grad()
+        loss, _ = self.model.loss(*arrays)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for name, p in self.model.named_parameters():
+            decay = self.config.weight_decay if p.ndim == 2 else 0.0
+            if self.config.optimizer == "muon" and p.ndim == 2 and "blocks." in name:  # the matrices of the blocks
+                muon(p, p.grad, self.m[name], lr, decay)
+            else:
+                adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
+        return {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def evaluate(self, *arrays):
+        """{"val_loss", "accuracy"}, the share of tokens, classes or pairs that come first."""
+        self.model.eval()
+        loss, accuracy = self.model.loss(*self.arrays(*arrays))
+        return {"val_loss": loss, "accuracy": accuracy}
+
+    def translate(self, src, beam=4, alpha=0.6):
+        """src (B, S) -> B lists of tokens."""
+        self.model.eval()
+        return translate(self.model, *self.arrays(src), beam, alpha, self.config.length)
+
+    @torch.no_grad()
+    def predict(self, x):
+        """x (B, H, W, C) -> numpy (B, n_out): vit: the probabilities of the classes."""
+        self.model.eval()
+        return torch.softmax(self.model(*self.arrays(x)), -1).cpu().numpy()
+
+    @torch.no_grad()
+    def embed(self, x, ids):
+        """clip: x (B, H, W, C), ids (B', S) -> numpy unit vectors (B, n_out), (B', n_out)."""
+        self.model.eval()
+        x, ids = self.arrays(x, ids)
+        return self.model.embed_images(x).cpu().numpy(), self.model.embed_texts(ids).cpu().numpy()
+
+    @torch.no_grad()
+    def attention(self, *arrays):
+        """Where the last layer looks, numpy (B, h, T, S): the decoder at the source, or all tokens of a picture."""
+        self.model.eval()
+        side = self.model.decoder if self.config.model == "seq2seq" else self.model.encoder
+        layer = side.blocks[-1].cross if self.config.model == "seq2seq" else side.blocks[-1].attn
+        layer.by_hand = True
+        self.model(*self.arrays(*arrays))
+        layer.by_hand = False
+        return layer._p.cpu().numpy()
+
+    def save(self, path, step, **extra):
+        """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        arrays = get_weights(self.model)
+        arrays |= {f"m.{name}": m.cpu().numpy() for name, m in self.m.items()}
+        arrays |= {f"v.{name}": v.cpu().numpy() for name, v in self.v.items()}
+        meta = {"model": "transformer", "config": asdict(self.config), "step": step, **extra}
+        with open(f"{path}.part", "wb") as f:
+            np.savez(f, meta=json.dumps(meta), **arrays)
+        os.replace(f"{path}.part", path)
+
+    def load(self, path):
+        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        with np.load(path, allow_pickle=False) as f:
+            arrays, meta = dict(f), json.loads(str(f["meta"]))
+        set_weights(self.model, arrays)
+        self.t = meta["step"]
+        for name in self.m:
+            self.m[name] = torch.from_numpy(arrays[f"m.{name}"]).to(self.device)
+            self.v[name] = torch.from_numpy(arrays[f"v.{name}"]).to(self.device)
+        return self.t
