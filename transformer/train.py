@@ -467,7 +467,8 @@ def draw_patches(images, p, texts, columns=4):
     for i, (x, seen) in enumerate(zip(images, p)):
         u, v = i % columns * (2 * side + 24) + 10, i // columns * (side + 34) + 8
         tile = Image.fromarray(x if x.shape[2] == 3 else x.repeat(3, 2)).resize((side, side), Image.Resampling.NEAREST)
-        light = Image.fromarray((255 * seen / seen.max()).astype(np.uint8)).resize(tile.size, Image.Resampling.BICUBIC)
+        light = Image.fromarray((50 + 205 * seen / seen.max()).astype(np.uint8))
+        light = light.resize(tile.size, Image.Resampling.BICUBIC)
         image.paste(tile, (u, v))
         image.paste(Image.composite(tile, Image.new("RGB", tile.size, (30, 20, 60)), light), (u + side + 4, v))
         draw.text((u, v + side + 12), texts[i], INK, font, "lm")
