@@ -37,7 +37,7 @@ SETS = {  # shift, flip: how far images are moved while training, and whether ha
     "digits": dict(model="lenet", steps=250, batch_size=128, shift=2, flip=False),
     "mnist": dict(model="lenet", steps=2000, batch_size=128, shift=1, flip=False),
     "fashion": dict(model="lenet", steps=1400, batch_size=128, shift=2, flip=True),
-    "cifar10": dict(model="resnet", steps=700, batch_size=128, shift=0, flip=True),
+    "cifar10": dict(model="resnet", steps=800, batch_size=128, shift=0, flip=True),
     "folder": dict(model="resnet", steps=500, batch_size=128, shift=3, flip=True),
 }
 STYLE = dict(model="style", steps=150, shift=0, batch_size=1, channels=[1], lr=0.05, size=256)
