@@ -44,7 +44,7 @@ class Config:
     n_out: int = 65
     read: str = "each"  # an answer at each time, or one from the last
     loss: str = "cross_entropy"  # cross_entropy or mse
-    optimizer: str = "adamw"  # adamw or sgd
+    optimizer: str = "muon"  # muon, adamw or sgd
     weight_decay: float = 0.1  # of the matrices
     clip: float = 1.0  # the largest norm of the gradient of all parameters; inf: any
     radius: float = 0.0  # the spectral radius that each gate's W_hh starts with; 0: orthogonal
@@ -230,6 +230,33 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
     p.mul_(1 - lr * weight_decay).addcdiv_(m, v_hat.sqrt() + eps, value=-lr / (1 - beta1**t))
 
 
+@torch.no_grad()
+def muon(p, g, m, lr, weight_decay, beta=0.9):
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+
+    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    """
+    m.lerp_(g, 1 - beta)
+    update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum as it will be one step on
+    p.mul_(1 - lr * weight_decay).sub_(lr * 0.2 * max(p.shape) ** 0.5 * update)
+
+
+def orthogonalize(g):
+    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+
+    A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
+    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    """
+    x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
+    x = x / (x.norm() + 1e-7)
+    xxt, eye = x @ x.T, torch.eye(x.shape[0], device=x.device)
+    q = eye
+    for _ in range(5):
+        p = 3.4445 * eye - 4.7750 * xxt + 2.0315 * xxt @ xxt
+        q, xxt = p @ q, p @ xxt @ p
+    return (q @ x).T if g.shape[0] > g.shape[1] else q @ x
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -248,12 +275,12 @@ def set_weights(model, weights):
 
 def init_weights(model, seed):
     """Embeddings N(0, 1), other matrices uniform of variance 1 / (3 n_in); each gate's W_hh orthogonal (Saxe et al.
-    2014) or of the given spectral radius; biases 0, but 1 for the LSTM's forget gate (Gers et al. 2000)."""
+    2014) or of the given spectral radius; biases 0, but 1 for the gate that keeps the state: forget or update."""
     rng, weights, config = np.random.default_rng(seed), get_weights(model), model.config
     for name, w in sorted(weights.items()):
         if w.ndim == 1:
             w[:] = 0
-            if config.cell == "lstm" and "bias_ih" in name:
+            if "bias_ih" in name and config.cell != "rnn":  # the second gate: forget or update
                 w[config.n_hidden : 2 * config.n_hidden] = 1
         elif "weight_hh" in name:
             for gate in np.split(w, len(w) // config.n_hidden):  # views of w
@@ -308,10 +335,12 @@ class Trainer:
         self.state = None if keep is None else state.detach()  # here back-propagation through time is truncated
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         for name, p in self.model.named_parameters():
+            decay = self.config.weight_decay if p.ndim == 2 else 0.0
             if self.config.optimizer == "sgd":
                 p.data.sub_(lr * p.grad)
+            elif self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("layers."):  # the cells' matrices
+                muon(p, p.grad, self.m[name], lr, decay)
             else:
-                decay = self.config.weight_decay if p.ndim == 2 else 0.0
                 adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
         return {"loss": loss.detach(), "grad_norm": norm}
 

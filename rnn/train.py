@@ -30,12 +30,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 TASKS = {
-    "text": dict(cell="lstm", n_hidden=256, length=64, steps=1000, batch_size=32, lr=4e-3, decay=0.1, clip=1.0),
-    "series": dict(cell="gru", n_hidden=64, steps=800, batch_size=64, lr=4e-3, decay=0.1, clip=1.0),
-    "speech": dict(cell="gru", n_hidden=128, steps=600, batch_size=64, lr=4e-3, decay=0.1, clip=1.0),
-    "speak": dict(cell="gru", n_hidden=192, length=128, steps=1500, batch_size=32, lr=4e-3, decay=0.0, clip=1.0),
-    "gradients": dict(cell="rnn", n_hidden=64, length=60, steps=300, batch_size=64, lr=0.03, decay=0.0, clip=1.0),
-}
+    "text": dict(cell="lstm", n_hidden=256, length=64, steps=1000, batch_size=32, lr=0.01, optimizer="muon", decay=0.1),
+    "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw", decay=0.1),
+    "speech": dict(cell="gru", n_hidden=96, steps=500, batch_size=64, lr=4e-3, optimizer="adamw", decay=0.1),
+    "speak": dict(cell="gru", n_hidden=192, length=128, steps=1500, batch_size=32, lr=0.01, optimizer="muon", decay=0.0),
+    "gradients": dict(cell="rnn", n_hidden=64, length=60, steps=300, batch_size=64, lr=0.03, optimizer="sgd", decay=0.0),
+}  # fmt: skip
 RATE = 8000  # samples of sound in a second
 
 # ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
@@ -246,7 +246,7 @@ def make_weather(seed, days=730):
     for at in np.cumsum(rng.gamma(6, 18, N // 100)).astype(int):
         if at < N:
             strength, ago = rng.gamma(3, 1 / 3), hour - at
-            front += strength * np.where(ago < 0, np.exp(ago / 18), np.exp(-ago / 9))
+            front += strength * np.exp(-np.where(ago < 0, -ago / 18, ago / 9))
             cold += strength * np.where(ago < 0, 0, np.exp(-np.maximum(ago, 0) / 40))
     year, day = -np.cos(2 * np.pi * (hour / 24 - 15) / 365), -np.cos(2 * np.pi * (hour - 3) / 24)
     cloud = 100 / (1 + np.exp(1.2 - 2.5 * front - noise(9, 0.8)))
@@ -599,9 +599,8 @@ class Gradients:
     extra = {}
 
     def __init__(self, args, saved):
-        self.args, self.losses = args, []
-        self.config = dict(n_in=1, n_out=1, read="last", loss="mse", optimizer="sgd", radius=1.5)
-        self.about = f"to recall a number after {args.length - 1} steps; 256"
+        self.args, self.config = args, dict(n_in=1, n_out=1, read="last", loss="mse", radius=1.5)
+        self.about = f"to recall a number after {args.length - 1} steps, drawn anew each time; 256"
 
     def draw(self, n, *key):
         x = np.random.default_rng((self.args.seed, *key)).uniform(-1, 1, (n, self.args.length, 1)).astype(np.float32)
@@ -615,7 +614,35 @@ class Gradients:
         return {"val_loss": float(trainer.evaluate(*self.draw(256, 2))["val_loss"])}
 
     def report(self, trainer, net):
-        return {}, []
+        """|dh_T/ds_t| of new networks over T - t; and the same training twice, without and with clipping."""
+        args, x, figures, T = self.args, self.draw(1, 3)[0][0], {}, self.args.length
+        config, lines = {**vars(trainer.config), "impl": "by-hand", "n_layer": 1}, []
+        shown = [back for back in (0, 5, 10, 20, 40, T - 1) if back < T]
+        print("\n|dh_T/ds_t|, T - t =" + "".join(f"{back:>10}" for back in shown))
+        for cell, colour in (("rnn", RED), ("lstm", BLUE), ("gru", GREEN)):
+            for radius in (0.9, 2.0):
+                new = net.Trainer(net.Config(**{**config, "cell": cell, "radius": radius}), args.seed, args.device)
+                norms = new.state_gradients(x)[::-1]
+                print(f"{cell:5} radius {radius:<9}" + "".join(f"{norms[back]:10.1e}" for back in shown))
+                figures[f"{cell}_{radius}"] = float(norms[-1])
+                tint = tuple((c + 510) // 3 for c in colour) if radius < 1 else colour
+                lines.append((np.arange(T), norms, tint, f"{cell} {radius}"))
+        panels = [("|dh_T/ds_t| over the distance T - t", lines, True)]
+        curves, n = {"loss": [], "grad_norm": []}, min(args.steps, 150)
+        for clip, colour in ((math.inf, RED), (args.clip, BLUE)):
+            new = net.Trainer(net.Config(**{**config, "clip": clip}), args.seed, args.device)
+            steps = [new.step(*self.batch(step), lr=args.lr) for step in range(n)]
+            for name, lines in curves.items():
+                y = np.array([float(metrics[name]) for metrics in steps])
+                y = np.where(np.isfinite(y), y, 1e6).clip(1e-3, 1e6)  # what blew up runs along the upper edge
+                lines.append((np.arange(n), y, colour, f"clipped at {clip:g}" if clip < math.inf else "not clipped"))
+            if n:
+                print(f"{lines[-1][3]:14} after {n} steps: loss {curves['loss'][-1][1][-10:].mean():.3g}, largest norm of "
+                      f"the gradient {curves['grad_norm'][-1][1].max():.3g}")  # fmt: skip
+        titles = {"loss": "loss by the step", "grad_norm": "norm of the gradient, before clipping, by the step"}
+        panels += [(titles[name], lines, True) for name, lines in curves.items() if n > 1]
+        plot(panels).save(args.out / "sample.png", optimize=True)
+        return figures, ["sample.png"]
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -691,11 +718,12 @@ def main():
     parser.add_argument("--length", type=int, help="steps that the gradient goes back through time")
     parser.add_argument("--window", type=int, default=72, help="series: how many times the network sees")
     parser.add_argument("--horizon", type=int, default=24, help="series: and how many it forecasts")
+    parser.add_argument("--optimizer", choices=["muon", "adamw", "sgd"])
     parser.add_argument("--steps", type=int, help="0: only evaluate and report")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float, help="the highest rate; it falls to 0 linearly")
     parser.add_argument("--decay", type=float, help="weight decay")
-    parser.add_argument("--clip", type=float, help="the largest norm of a gradient; inf: any")
+    parser.add_argument("--clip", type=float, default=1.0, help="the largest norm of a gradient; inf: any")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().with_name("out"))
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
@@ -723,7 +751,8 @@ def main():
     kinds = {"text": Text, "series": Series, "speech": Speech, "speak": Speak, "gradients": Gradients}
     task, net = kinds[asked.task](args, saved), load_twin(args)
     shape = dict(cell=args.cell, impl=args.impl, n_hidden=args.n_hidden, n_layer=args.n_layer)
-    config = net.Config(**shape, weight_decay=args.decay, clip=args.clip, **task.config)
+    shape |= dict(optimizer=args.optimizer, weight_decay=args.decay, clip=args.clip)
+    config = net.Config(**shape, **task.config)
     if saved:
         config = net.Config(**saved["config"] | {"impl": args.impl})  # by hand or built in, the parameters are the same
         if any(getattr(config, name) != task.config[name] for name in ("n_in", "n_out") if name in task.config):
