@@ -380,9 +380,10 @@ class Trainer:
             total = total + loss_fn(out, y_t, self.config.loss) * (y_t.shape[1] / y.shape[1])
         return {"val_loss": total}
 
-    def predict(self, x):
+    def predict(self, x, beside=None):
         """The answers to x, numpy: (B, n_out), or (B, T, n_out) where each time has one."""
-        return np.array(self.model(mx.array(x))[0])
+        arrays = [mx.array(a) for a in (x, beside) if a is not None]
+        return np.array(self.model(arrays[0], None, *arrays[1:])[0])
 
     def generate(self, prompt, n, temperature=1.0, seed=0, beside=None):
         """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""

@@ -368,9 +368,10 @@ class Trainer:
         return {"val_loss": total}
 
     @torch.no_grad()
-    def predict(self, x):
+    def predict(self, x, beside=None):
         """The answers to x, numpy: (B, n_out), or (B, T, n_out) where each time has one."""
-        return self.model(torch.from_numpy(x).to(self.device))[0].cpu().numpy()
+        arrays = [torch.from_numpy(a).to(self.device) for a in (x, beside) if a is not None]
+        return self.model(arrays[0], None, *arrays[1:])[0].cpu().numpy()
 
     def generate(self, prompt, n, temperature=1.0, seed=0, beside=None):
         """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
