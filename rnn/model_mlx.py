@@ -11,8 +11,8 @@ A cell carries a state from one time to the next; sigma is the sigmoid, * acts e
            h' = (1 - z) * tanh(a_n + r * b_n) + z * h,   r = sigma(a_r + b_r),  z = sigma(a_z + b_z)
 Only W_hh h must wait for the time before; a is one matrix product for all times at once.
 
-Back through time, dh_T/dh_t is a product of T - t Jacobians dh'/dh. For the RNN each is diag(1 - h'^2) W_hh: the product
-shrinks or grows like the power of the spectral radius of W_hh, times the slopes. The LSTM's dc'/dc has the diagonal
+Back through time, dh_T/dh_t is a product of T - t Jacobians dh'/dh. For the RNN each is diag(1 - h'^2) W_hh: the
+product shrinks or grows as a power of the spectral radius of W_hh and of the slopes. The LSTM's dc'/dc has the diagonal
 sigma(f), the GRU's dh'/dh the diagonal z, both near 1 where the gate says so. Truncated back-propagation stops after a
 batch's T steps, and hands the state on to the next batch.
 
@@ -120,7 +120,7 @@ class ByHand(nn.Module):
 
 
 class Builtin(nn.Module):
-    """The framework's own, one layer. MLX's has one bias, or b and b_n, in the place of two: they are added up there."""
+    """The framework's own, one layer. MLX's has one bias, or b and b_n, in place of two: they are added up there."""
 
     def __init__(self, cell, n_in, n_hidden):
         super().__init__()
@@ -321,7 +321,7 @@ class Trainer:
         self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
 
     def arrays(self, x, y, *more):
-        """Numpy to the framework. Numbers of tokens and classes are checked: MLX would read past the end of an array."""
+        """Numpy to the framework. Tokens and classes are checked first: MLX would read past the end of an array."""
         for ids, n in ((x, self.config.vocab_size), (y, self.config.n_out)):
             if ids.dtype == np.int64 and not 0 <= ids.min() <= ids.max() < n:
                 raise ValueError(f"a token or a label is outside 0 ... {n - 1}")

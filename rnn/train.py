@@ -30,12 +30,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 TASKS = {
-    "text": dict(cell="lstm", n_hidden=256, length=64, steps=1000, batch_size=32, lr=0.01, optimizer="muon", decay=0.1),
-    "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw", decay=0.1),
-    "speech": dict(cell="gru", n_hidden=96, steps=500, batch_size=64, lr=4e-3, optimizer="adamw", decay=0.1),
-    "speak": dict(cell="gru", n_hidden=192, length=128, steps=1500, batch_size=32, lr=0.01, optimizer="muon", decay=0.0),
-    "gradients": dict(cell="rnn", n_hidden=64, length=60, steps=300, batch_size=64, lr=0.03, optimizer="sgd", decay=0.0),
-}  # fmt: skip
+    "text": dict(cell="lstm", n_hidden=256, steps=800, batch_size=32, lr=0.03, optimizer="muon", length=64),
+    "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw"),
+    "speech": dict(cell="gru", n_hidden=64, steps=200, batch_size=64, lr=6e-3, optimizer="adamw"),
+    "speak": dict(cell="gru", n_hidden=160, steps=640, batch_size=32, lr=0.02, optimizer="muon", length=128, decay=0.0),
+    "gradients": dict(cell="rnn", n_hidden=64, steps=300, batch_size=64, lr=0.03, optimizer="sgd", length=60),
+}
 RATE = 8000  # samples of sound in a second
 
 # ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
@@ -364,14 +364,17 @@ class Series:
 
 # ---- speech ----------------------------------------------------------------------------------------------------------
 
-PHONES = {  # formants in Hz; how loud voice and noise are; the noise's centre in Hz; duration in ms
-    "z": (300, 1500, 2500, 0.4, 0.3, 3600, 90), "i": (300, 2250, 3000, 1, 0, 0, 100), "I": (400, 1950, 2550, 1, 0, 0, 80),
-    "r": (350, 1100, 1600, 0.7, 0, 0, 70), "o": (500, 900, 2400, 1, 0, 0, 90), "u": (320, 900, 2250, 1, 0, 0, 110),
-    "w": (300, 650, 2200, 0.7, 0, 0, 70), "A": (650, 1200, 2450, 1, 0, 0, 110), "n": (250, 1400, 2300, 0.5, 0, 0, 90),
-    "t": (400, 1700, 2600, 0, 0.6, 3300, 40), "T": (400, 1400, 2500, 0, 0.15, 2800, 90), "a": (730, 1150, 2450, 1, 0, 0, 110),
-    "f": (400, 1100, 2400, 0, 0.2, 2200, 100), "O": (570, 850, 2400, 1, 0, 0, 110), "v": (300, 1100, 2300, 0.5, 0.1, 2200, 70),
-    "s": (400, 1700, 2600, 0, 0.5, 3600, 110), "k": (400, 1800, 2400, 0, 0.5, 1900, 40), "e": (530, 1850, 2500, 1, 0, 0, 90),
-    "@": (500, 1450, 2450, 0.8, 0, 0, 60), ".": (450, 1500, 2500, 0, 0, 0, 50),
+PHONES = {  # three formants in Hz; how loud the voice is, and the noise; the noise's centre in Hz; duration in ms
+    "z": (300, 1500, 2500, 0.4, 0.30, 3600, 90), "i": (300, 2250, 3000, 1.0, 0.00, 0, 100),
+    "I": (400, 1950, 2550, 1.0, 0.00, 0, 80), "r": (350, 1100, 1600, 0.7, 0.00, 0, 70),
+    "o": (500, 900, 2400, 1.0, 0.00, 0, 90), "u": (320, 900, 2250, 1.0, 0.00, 0, 110),
+    "w": (300, 650, 2200, 0.7, 0.00, 0, 70), "A": (650, 1200, 2450, 1.0, 0.00, 0, 110),
+    "n": (250, 1400, 2300, 0.5, 0.00, 0, 90), "t": (400, 1700, 2600, 0.0, 0.60, 3300, 40),
+    "T": (400, 1400, 2500, 0.0, 0.15, 2800, 90), "a": (730, 1150, 2450, 1.0, 0.00, 0, 110),
+    "f": (400, 1100, 2400, 0.0, 0.20, 2200, 100), "O": (570, 850, 2400, 1.0, 0.00, 0, 110),
+    "v": (300, 1100, 2300, 0.5, 0.10, 2200, 70), "s": (400, 1700, 2600, 0.0, 0.50, 3600, 110),
+    "k": (400, 1800, 2400, 0.0, 0.50, 1900, 40), "e": (530, 1850, 2500, 1.0, 0.00, 0, 90),
+    "@": (500, 1450, 2450, 0.8, 0.00, 0, 60), ".": (450, 1500, 2500, 0.0, 0.00, 0, 50),
 }  # fmt: skip
 WORDS = "zIro wAn tu Tri fOr faIv sI.ks sev@n eI.t naIn".split()
 
@@ -461,15 +464,15 @@ def mel_filters(n_mel, size):
     return np.minimum((bins - f[:-2]) / (f[1:-1] - f[:-2]), (f[2:] - bins) / (f[2:] - f[1:-1])).clip(0)
 
 
-def log_mel(x, n_mel=40, size=256, hop=100):
-    """log of the power in mel bands, (frames, n_mel): 32 ms under a Hann window, every 12.5 ms."""
+def log_mel(x, n_mel=24, size=160, hop=128):
+    """log of the power in mel bands, (frames, n_mel): 20 ms under a Hann window, every 16 ms."""
     x = np.pad(x, (0, max(0, size - len(x))))
     frames = np.lib.stride_tricks.sliding_window_view(x, size)[::hop] * np.hanning(size + 1)[:-1]
     return np.log(np.abs(np.fft.rfft(frames)) ** 2 @ mel_filters(n_mel, size) + 1e-5)
 
 
 def load_speech(args):
-    """Sounds, labels as numbers, their names, and which sounds are held out: all of one speaker, and none of another."""
+    """Sounds, labels as numbers, their names, and which are held out: all sounds of one speaker, no other."""
     sounds, labels, speakers = read_speech(args.data) if args.data else make_speech(args.seed)
     args.held_out = args.held_out or sorted(set(speakers))[-1]
     if args.held_out not in speakers:
@@ -481,45 +484,51 @@ def load_speech(args):
 class Speech:
     """Which word is spoken: log-mel frames, one answer after the last. One speaker is held out."""
 
-    extra, frames = {}, 80
+    extra, frames, bands = {}, 50, 24
 
     def __init__(self, args, saved):
         self.args = args
         sounds, self.y, self.names, self.held = load_speech(args)
-        mels = [log_mel(sound) for sound in sounds]
-        self.mels = [((x - x.mean(0)) / x.std()).astype(np.float32) for x in mels]  # no microphone, no loudness
+        self.mels = []
+        for sound in sounds:
+            mel = log_mel(sound / max(np.abs(sound).max(), 1e-6), self.bands)
+            mel = np.maximum(mel, mel.max() - 7)  # 30 dB are heard: the rooms' silence sounds the same for all
+            loud = np.flatnonzero(mel.max(1) > mel.max() - 4)
+            self.mels.append(mel[loud[0] : loud[-1] + 1])  # from the first loud frame to the last
         self.train, self.val = np.flatnonzero(~self.held), np.flatnonzero(self.held)
-        self.config = dict(n_in=40, n_out=len(self.names), read="last")
+        self.config = dict(n_in=2 * self.bands, n_out=len(self.names), read="last")
         self.about = f"{args.data or 'synthetic voices'}: {len(self.train):,} words to train on, {len(self.val):,} of "
         self.about += args.held_out
 
-    def pick(self, number, rng=None):
-        """(B, frames, n_mel), each flush right, after zeros; with rng varied in pace and in the length of the tract."""
-        x = np.zeros((len(number), self.frames, 40), np.float32)
+    def features(self, number, rng=None):
+        """(B, frames, 2 bands): the bands and their slopes in time, flush right after zeros; varied with an rng."""
+        x = np.zeros((len(number), self.frames, 2 * self.bands), np.float32)
         for row, i in zip(x, number):
             mel = self.mels[i]
-            if rng is not None:
-                pace, tract, n = rng.uniform(0.8, 1.25), rng.uniform(0.85, 1.18), len(mel)
-                mel = mel[(np.arange(int(n / pace)) * pace).astype(int)]
-                at = (np.arange(40) * tract).clip(0, 39)
-                low, share = at.astype(int).clip(0, 38), (at - at.astype(int).clip(0, 38)).astype(np.float32)
-                mel = mel[:, low] * (1 - share) + mel[:, low + 1] * share
-                mel = mel + rng.normal(0, 0.2, mel.shape).astype(np.float32)
-            mel = mel[-self.frames :]
-            row[len(row) - len(mel) :] = mel
+            if rng is not None:  # another pace, another length of the vocal tract, another noise
+                pace, tract = rng.uniform(0.75, 1.3), rng.uniform(0.82, 1.22)
+                mel = mel[(np.arange(max(2, int(len(mel) / pace))) * pace).astype(int).clip(max=len(mel) - 1)]
+                at = (np.arange(self.bands) * tract).clip(0, self.bands - 1)
+                low = at.astype(int).clip(max=self.bands - 2)
+                mel = mel[:, low] * (low + 1 - at) + mel[:, low + 1] * (at - low)
+                mel = np.logaddexp(mel, mel.max() - rng.uniform(4, 12) + rng.normal(0, 0.2, mel.shape))
+            mel = np.concatenate([mel, mel[-1:]]) if len(mel) < 2 else mel
+            mel = (mel - mel.mean(0)) / (mel.std() + 1e-6)  # no microphone, no loudness
+            mel = np.concatenate([mel, 2 * np.gradient(mel, axis=0)], 1)[-self.frames :]
+            row[self.frames - len(mel) :] = mel
         return x
 
     def batch(self, step):
         rng = np.random.default_rng((self.args.seed, step, 1))
         number = rng.choice(self.train, self.args.batch_size)
-        return self.pick(number, rng), self.y[number]
+        return self.features(number, rng), self.y[number]
 
     def evaluate(self, trainer, whole=False):
         some = self.val if whole else self.val[:: math.ceil(len(self.val) / 200)]
-        return {name: float(value) for name, value in trainer.evaluate(self.pick(some), self.y[some]).items()}
+        return {name: float(value) for name, value in trainer.evaluate(self.features(some), self.y[some]).items()}
 
     def report(self, trainer, net):
-        answers = trainer.predict(self.pick(self.val)).argmax(1)
+        answers = trainer.predict(self.features(self.val)).argmax(1)
         print("\nspoken \\ heard" + "".join(f"{name[:6]:>7}" for name in self.names))
         for i, name in enumerate(self.names):
             counts = [int(((answers == j) & (self.y[self.val] == i)).sum()) for j in range(len(self.names))]
@@ -637,8 +646,8 @@ class Gradients:
                 y = np.where(np.isfinite(y), y, 1e6).clip(1e-3, 1e6)  # what blew up runs along the upper edge
                 lines.append((np.arange(n), y, colour, f"clipped at {clip:g}" if clip < math.inf else "not clipped"))
             if n:
-                print(f"{lines[-1][3]:14} after {n} steps: loss {curves['loss'][-1][1][-10:].mean():.3g}, largest norm of "
-                      f"the gradient {curves['grad_norm'][-1][1].max():.3g}")  # fmt: skip
+                loss, norm = (curves[name][-1][1] for name in ("loss", "grad_norm"))
+                print(f"{lines[-1][3]:14} {n} steps: loss {loss[-10:].mean():.3g}, largest gradient {norm.max():.3g}")
         titles = {"loss": "loss by the step", "grad_norm": "norm of the gradient, before clipping, by the step"}
         panels += [(titles[name], lines, True) for name, lines in curves.items() if n > 1]
         plot(panels).save(args.out / "sample.png", optimize=True)
@@ -722,7 +731,7 @@ def main():
     parser.add_argument("--steps", type=int, help="0: only evaluate and report")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float, help="the highest rate; it falls to 0 linearly")
-    parser.add_argument("--decay", type=float, help="weight decay")
+    parser.add_argument("--decay", type=float, default=0.1, help="weight decay, of the matrices")
     parser.add_argument("--clip", type=float, default=1.0, help="the largest norm of a gradient; inf: any")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().with_name("out"))
@@ -760,8 +769,8 @@ def main():
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
     start = trainer.load(ckpt) if saved else 0
     params = sum(w.size for w in net.get_weights(trainer.model).values())
-    print(f"rnn: {config.cell} {config.impl}, {args.backend} on {args.device}, {params:,} parameters; {task.about} held "
-          f"out; files go to {args.out}", flush=True)
+    print(f"rnn: {config.cell} {config.impl}, {args.backend} on {args.device}, {params:,} parameters; {task.about} "
+          f"held out; files go to {args.out}", flush=True)
 
     def lr(step):
         return args.lr * min((step + 1) / 30, 1.0) * (1 - step / args.steps)
