@@ -33,7 +33,7 @@ TASKS = {
     "text": dict(cell="lstm", n_hidden=256, steps=800, batch_size=32, lr=0.03, optimizer="muon", length=64),
     "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw"),
     "speech": dict(cell="gru", n_hidden=64, steps=200, batch_size=64, lr=6e-3, optimizer="adamw"),
-    "speak": dict(cell="gru", n_hidden=160, steps=640, batch_size=32, lr=0.02, optimizer="muon", length=128, decay=0.0),
+    "speak": dict(cell="gru", n_hidden=160, steps=800, batch_size=16, lr=0.02, optimizer="muon", length=256, decay=0.0),
     "gradients": dict(cell="rnn", n_hidden=64, steps=300, batch_size=64, lr=0.03, optimizer="sgd", length=60),
 }
 RATE = 8000  # samples of sound in a second
@@ -404,7 +404,7 @@ def make_utterance(word, pitch, tract, pace, rng):
         bell = np.exp(-(((np.fft.rfftfreq(len(noise[low : low + 200]), 1 / RATE) - centre[mid]) / 900) ** 2))
         shape[low : low + 200] = np.fft.irfft(S * bell, len(noise[low : low + 200]))
     sound = (sound / 1.5 + shape * np.interp(t, t[::40], hiss)) * rise
-    return sound / np.abs(sound).max() * rng.uniform(0.5, 0.9) + rng.normal(0, 0.003, len(t))
+    return sound / np.abs(sound).max() * rng.uniform(0.5, 0.9) + rng.normal(0, 0.001, len(t))
 
 
 def make_speech(seed, speakers=8, takes=6):
@@ -541,7 +541,7 @@ class Speak:
     """Sound, sample by sample: the next of 256 mu-law codes from all before it, the word, and the place in the word.
 
     The place is a row of `places` overlapping bells along the word, so that the network learns what each word sounds
-    like where. A batch's rows are utterances that go on for `samples` samples, from step to step.
+    like where. A batch's rows are stretches of `length` samples from anywhere in a word.
     """
 
     extra, places, samples = {}, 12, 4096
@@ -554,39 +554,40 @@ class Speak:
             row[1 : len(sound) + 1] = mu_law(sound / np.abs(sound).max())[: self.samples]
         self.lengths = np.array([min(len(sound), self.samples) for sound in sounds])
         self.train, self.val = np.flatnonzero(~self.held), np.flatnonzero(self.held)
-        if self.samples % args.length:
-            fail(f"--length must divide {self.samples}, the samples of an utterance")
+        if args.length > self.lengths.min():
+            fail(f"--length {args.length} is more than the shortest utterance has samples, {self.lengths.min()}")
         self.config = dict(vocab_size=256, n_embd=args.n_embd, n_in=len(self.names) * self.places, n_out=256)
         self.about = f"{args.data or 'synthetic voices'}: {len(self.train):,} words to train on, {len(self.val):,} of "
         self.about += args.held_out
 
-    def beside(self, y, lengths, begin, end):
-        """What goes with the samples begin ... end - 1: (B, end - begin, labels places)."""
-        place = np.arange(begin, end) / lengths[:, None] * (self.places - 1)  # (B, T)
+    def beside(self, y, lengths, at):
+        """What goes with the samples number `at`, (T,) or (B, T): (B, T, labels places)."""
+        place = at / lengths[:, None] * (self.places - 1)  # (B, T)
         bells = (1 - np.abs(place[..., None] - np.arange(self.places))).clip(0)  # 0 after the end
         onehot = np.eye(len(self.names))[y]
         return (bells[:, :, None] * onehot[:, None, :, None]).reshape(*place.shape, -1).astype(np.float32)
 
     def batch(self, step):
-        T, B = self.args.length, self.args.batch_size
-        round_, part = divmod(step, self.samples // T)
-        number = np.random.default_rng((self.args.seed, round_, 1)).choice(self.train, B)
-        x = self.codes[number, part * T : part * T + T + 1]
-        beside = self.beside(self.y[number], self.lengths[number], part * T, part * T + T)
-        return x[:, :-1], x[:, 1:], np.full(B, part > 0, np.float32), beside
+        T, B, rng = self.args.length, self.args.batch_size, np.random.default_rng((self.args.seed, step, 1))
+        number = rng.choice(self.train, B)
+        begin = rng.uniform(-T, self.lengths[number] - T).clip(0).astype(int)  # often the beginning
+        at = begin[:, None] + np.arange(T + 1)
+        x, beside = self.codes[number[:, None], at], self.beside(self.y[number], self.lengths[number], at[:, :-1])
+        return x[:, :-1], x[:, 1:], np.zeros(B, np.float32), beside
 
     def evaluate(self, trainer, whole=False):
         some, n = (self.val, self.samples) if whole else (self.val[:: math.ceil(len(self.val) / 20)], 2048)
         total = 0.0
         for part in np.array_split(some, math.ceil(len(some) / 50)):
-            x, beside = self.codes[part, : n + 1], self.beside(self.y[part], self.lengths[part], 0, n)
+            x, beside = self.codes[part, : n + 1], self.beside(self.y[part], self.lengths[part], np.arange(n))
             total += float(trainer.evaluate(x[:, :-1], x[:, 1:], beside)["val_loss"]) * len(part)
         return {"val_loss": total / len(some)}
 
     def report(self, trainer, net):
         y = np.arange(len(self.names))
         lengths = np.array([int(self.lengths[self.y == i].mean()) for i in y])
-        beside = self.beside(y, lengths, 0, n := lengths.max())
+        n = lengths.max()
+        beside = self.beside(y, lengths, np.arange(n))
         codes = trainer.generate(np.full((len(y), 1), 128), n, self.args.temperature, self.args.seed, beside)
         made = from_mu_law(np.stack(list(codes), 1))
         files, rows = [], []
