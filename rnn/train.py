@@ -576,8 +576,8 @@ class Speak:
         return x[:, :-1], x[:, 1:], np.zeros(B, np.float32), beside
 
     def evaluate(self, trainer, whole=False):
-        some, n = (self.val, self.samples) if whole else (self.val[:: math.ceil(len(self.val) / 20)], 2048)
-        total = 0.0
+        some, total = self.val if whole else self.val[:: math.ceil(len(self.val) / 20)], 0.0
+        n = self.lengths[self.val].min()  # of each word as many samples as the shortest has
         for part in np.array_split(some, math.ceil(len(some) / 50)):
             x, beside = self.codes[part, : n + 1], self.beside(self.y[part], self.lengths[part], np.arange(n))
             total += float(trainer.evaluate(x[:, :-1], x[:, 1:], beside)["val_loss"]) * len(part)
@@ -687,7 +687,7 @@ def plot(panels, height=240, width=960):
             if label:
                 draw.text((at, top - 24), label, colour, font, anchor="rm")
                 at -= draw.textlength(label, font) + 30
-    return image.reduce(scale)
+    return image.reduce(scale).quantize(64)  # a small file
 
 
 def draw_spectrograms(rows, names):
