@@ -76,6 +76,15 @@ def said(trainer, *arrays):
     return np.array([ids + [0] * (trainer.config.length - len(ids)) for ids in trainer.translate(arrays[0], beam=3)])
 
 
+def sequences(config, rng):
+    if not config.vocab_size:
+        y = rng.integers(0, config.n_out, 8) if config.loss == "cross_entropy" else rng.normal(size=(8, config.n_out))
+        return rng.normal(size=(8, 12, config.n_in)).astype(np.float32), y if y.ndim == 1 else y.astype(np.float32)
+    ids, keep = rng.integers(0, config.vocab_size, (8, 13)), (rng.random(8) < 0.7).astype(np.float32)
+    beside = [rng.normal(size=(8, 12, config.n_in)).astype(np.float32)] if config.n_in else []
+    return ids[:, :-1], ids[:, 1:], keep, *beside
+
+
 FOLDERS = {
     "mlp": Folder(
         configs=[
@@ -162,7 +171,24 @@ FOLDERS = {
         learned=("accuracy", ">", 0.7),
         files=["ckpt.npz", "sample.png"],
     ),
-}  # fmt: skip
+    "rnn": Folder(
+        configs=[
+            dict(cell="lstm", vocab_size=11, n_embd=8, n_hidden=24, n_out=11, optimizer="adamw"),
+            dict(cell="gru", impl="builtin", vocab_size=11, n_embd=8, n_in=3, n_hidden=24, n_layer=2, n_out=11),
+            dict(cell="gru", n_in=3, n_hidden=24, n_out=4, read="last", optimizer="adamw"),
+            dict(cell="rnn", impl="builtin", n_in=3, n_hidden=24, n_out=6, read="last", loss="mse", optimizer="adamw"),
+        ],
+        curve=[100, 20, 100, 100],  # Muon again
+        batch=sequences,
+        loss=lambda net, model, x, y, *more: net.loss_fn(model(x, None, *more[1:])[0], y, model.config.loss),
+        outputs=lambda trainer, x, y, *more: trainer.predict(x, *more[1:]),
+        lr=0.02,
+        overfit=(150, 0.5),
+        smoke=["--steps", "60", "--n-hidden", "96", "--length", "32", "--tokens", "100"],
+        learned=("val_loss", "<", 2.6),
+        files=["ckpt.npz", "sample.txt"],
+    ),
+}
 CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]
 SOME = [*((name, "mlx") for name in FOLDERS), ("mlp", "torch")]  # for what train.py does the same whatever the model
 
