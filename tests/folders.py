@@ -55,6 +55,17 @@ def images(config, rng):
     return x, rng.integers(0, config.n_out, 16)
 
 
+def game(config, rng):
+    x = rng.random((config.d_steps, 16, *config.image), np.float32) * 2 - 1
+    z = rng.standard_normal((config.d_steps + 1, 16, config.latent), np.float32)
+    return x, z, rng.random((config.d_steps, 16), np.float32)
+
+
+def both_losses(net, model, x, z, u):
+    fake = model.generator(z[0])  # twice G's, lest minimax cancel what G is to D
+    return net.discriminator_loss(model, x[0], fake, u[0])[0] + 2 * net.generator_loss(model, z[-1])[0]
+
+
 FOLDERS = {
     "mlp": Folder(
         configs=[
@@ -121,6 +132,23 @@ FOLDERS = {
         smoke=["--steps", "60", "--channels", "8", "16", "64", "--batch-size", "64"],
         learned=("accuracy", ">", 0.8),
         files=["ckpt.npz", "sample.png", "filters.png"],
+    ),
+    "gan": Folder(
+        configs=[
+            dict(image=[8, 8, 1], latent=5, hidden=[8, 12], smoothing=0.1),
+            dict(image=[4, 6, 3], latent=5, hidden=[16], loss="wgan-gp", d_steps=2),
+            dict(image=[4, 6, 1], latent=5, hidden=[24, 16], model="gan", d_lr=2.0, d_steps=2, ema=0.5),
+            dict(image=[8, 4, 3], latent=5, hidden=[12, 16], model="gan", loss="minimax"),
+        ],
+        curve=[30, 30, 50, 50],
+        batch=game,
+        loss=both_losses,
+        outputs=lambda trainer, x, z, u: trainer.generate(z[0]),
+        lr=0.01,
+        overfit=(100, 0.6),
+        smoke=["--steps", "60", "--hidden", "8", "16", "--batch-size", "32", "--count", "500"],
+        learned=("frechet", "<", 300.0),
+        files=["ckpt.npz", "sample.png"],
     ),
 }
 CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]
