@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 EXPORTS = {".mlxfn": "mlx"}  # the files that export writes, and the package that it needs
 
@@ -47,26 +47,13 @@ class Config:
     weight_decay: float = 0.05
 
 
-class Conv2d(nn.Module):
-    """Keeps height and width. The weight is (n_out, n_in, k, k) in both frameworks; MLX's own Conv2d has n_in last."""
-
-    def __init__(self, n_in, n_out, k):
-        super().__init__()
-        self.weight = mx.zeros((n_out, n_in, k, k))
-        self.bias = mx.zeros((n_out,))
-        self.padding = k // 2
-
-    def __call__(self, x):
-        return mx.conv2d(x, self.weight.transpose(0, 2, 3, 1), 1, self.padding) + self.bias
-
-
 class LeNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         c1, c2, hidden = config.channels
-        self.conv1 = Conv2d(config.n_in, c1, 5)
-        self.conv2 = Conv2d(c1, c2, 5)
+        self.conv1 = nn.Conv2d(config.n_in, c1, 5, padding=2)
+        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2)
         self.fc1 = nn.Linear(c2 * (config.size // 4) ** 2, hidden)
         self.fc2 = nn.Linear(hidden, config.n_out)
         self.pool = nn.MaxPool2d(2)
@@ -84,11 +71,11 @@ class Block(nn.Module):
 
     def __init__(self, n_in, n_out):
         super().__init__()
-        self.conv1 = Conv2d(n_in, n_out, 3)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
         self.norm1 = nn.GroupNorm(math.gcd(8, n_out), n_out, pytorch_compatible=True)
-        self.conv2 = Conv2d(n_out, n_out, 3)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(math.gcd(8, n_out), n_out, pytorch_compatible=True)
-        self.shortcut = nn.Identity() if n_in == n_out else Conv2d(n_in, n_out, 1)
+        self.shortcut = nn.Identity() if n_in == n_out else nn.Conv2d(n_in, n_out, 1)
 
     def __call__(self, x):
         h = nn.relu(self.norm1(self.conv1(x)))
@@ -100,7 +87,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.config = config
         widths = config.channels
-        self.stem = Conv2d(config.n_in, widths[0], 3)
+        self.stem = nn.Conv2d(config.n_in, widths[0], 3, padding=1)
         self.norm = nn.GroupNorm(math.gcd(8, widths[0]), widths[0], pytorch_compatible=True)
         self.blocks = [Block(n, m) for n, m in zip(widths, widths[1:])]
         self.head = nn.Linear(widths[-1], config.n_out)
@@ -277,19 +264,30 @@ def orthogonalize(g):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+def to_numpy(model, arrays):
+    """What there is for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), torch's way."""
+    convs = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    return {name: np.array(a.transpose(0, 3, 1, 2) if name in convs else a) for name, a in arrays.items()}
+
+
+def from_numpy(model, arrays):
+    """The way back. Raises ValueError where an array has not the shape of its parameter."""
+    convs = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    arrays = {name: a.transpose(0, 2, 3, 1) if name in convs else a for name, a in arrays.items()}
+    for name, p in tree_flatten(model.parameters()):
+        if arrays[name].shape != p.shape:
+            raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {p.shape}")
+    return {name: mx.array(arrays[name]) for name, _ in tree_flatten(model.parameters())}
+
+
 def get_weights(model):
     """Every parameter as numpy, {name: array}, a copy."""
-    return {name: np.array(p) for name, p in tree_flatten(model.parameters())}
+    return to_numpy(model, dict(tree_flatten(model.parameters())))
 
 
 def set_weights(model, weights):
     """Put {name: numpy array} in place of the model's parameters."""
-    params = dict(tree_flatten(model.parameters()))
-    for name, p in params.items():
-        if weights[name].shape != p.shape:
-            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {p.shape}")
-        params[name] = mx.array(weights[name], mx.float32)
-    model.update(tree_unflatten(list(params.items())))
+    model.update(tree_unflatten(list(from_numpy(model, weights).items())))
 
 
 def init_weights(model, seed):
@@ -367,6 +365,8 @@ class Trainer:
         """
         config = self.config
         x = mx.zeros((1, config.size, config.size, config.n_in))
+        self.model.update(tree_map(mx.contiguous, self.model.parameters()))  # the exporter overlooks strides
+        mx.eval(self.model.parameters())
         with mx.exporter(str(path), self.model) as exporter:
             for B in (1, 2, 4, 8, 16, 32, 64):  # MLX fixes the shapes in a trace: a trace for each
                 exporter(mx.repeat(x, B, axis=0))
@@ -374,8 +374,8 @@ class Trainer:
     def save(self, path, step, **extra):
         """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
         arrays = get_weights(self.model)
-        arrays |= {f"m.{name}": np.array(m) for name, m in self.m.items()}
-        arrays |= {f"v.{name}": np.array(v) for name, v in self.v.items()}
+        for kind, moments in (("m", self.m), ("v", self.v)):
+            arrays |= {f"{kind}.{name}": a for name, a in to_numpy(self.model, moments).items()}
         meta = {"model": "cnn", "config": asdict(self.config), "step": step, **extra}
         with open(f"{path}.part", "wb") as f:
             np.savez(f, meta=json.dumps(meta), **arrays)
@@ -387,9 +387,9 @@ class Trainer:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
         self.t = meta["step"]
-        for name in self.m:
-            self.m[name] = mx.array(arrays[f"m.{name}"])
-            self.v[name] = mx.array(arrays[f"v.{name}"])
+        self.m, self.v = (
+            from_numpy(self.model, {name: arrays[f"{kind}.{name}"] for name in self.m}) for kind in ("m", "v")
+        )
         return self.t
 
 

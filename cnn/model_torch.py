@@ -47,26 +47,13 @@ class Config:
     weight_decay: float = 0.05
 
 
-class Conv2d(nn.Module):
-    """Keeps height and width. The weight is (n_out, n_in, k, k) in both frameworks; MLX's own Conv2d has n_in last."""
-
-    def __init__(self, n_in, n_out, k):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(n_out, n_in, k, k))
-        self.bias = nn.Parameter(torch.zeros(n_out))
-        self.padding = k // 2
-
-    def forward(self, x):
-        return F.conv2d(x, self.weight, self.bias, 1, self.padding)
-
-
 class LeNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         c1, c2, hidden = config.channels
-        self.conv1 = Conv2d(config.n_in, c1, 5)
-        self.conv2 = Conv2d(c1, c2, 5)
+        self.conv1 = nn.Conv2d(config.n_in, c1, 5, padding=2)
+        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2)
         self.fc1 = nn.Linear(c2 * (config.size // 4) ** 2, hidden)
         self.fc2 = nn.Linear(hidden, config.n_out)
         self.pool = nn.MaxPool2d(2)
@@ -85,11 +72,11 @@ class Block(nn.Module):
 
     def __init__(self, n_in, n_out):
         super().__init__()
-        self.conv1 = Conv2d(n_in, n_out, 3)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
         self.norm1 = nn.GroupNorm(math.gcd(8, n_out), n_out)
-        self.conv2 = Conv2d(n_out, n_out, 3)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(math.gcd(8, n_out), n_out)
-        self.shortcut = nn.Identity() if n_in == n_out else Conv2d(n_in, n_out, 1)
+        self.shortcut = nn.Identity() if n_in == n_out else nn.Conv2d(n_in, n_out, 1)
 
     def forward(self, x):
         h = F.relu(self.norm1(self.conv1(x)))
@@ -101,7 +88,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.config = config
         widths = config.channels
-        self.stem = Conv2d(config.n_in, widths[0], 3)
+        self.stem = nn.Conv2d(config.n_in, widths[0], 3, padding=1)
         self.norm = nn.GroupNorm(math.gcd(8, widths[0]), widths[0])
         self.blocks = nn.ModuleList([Block(n, m) for n, m in zip(widths, widths[1:])])
         self.head = nn.Linear(widths[-1], config.n_out)
@@ -281,17 +268,27 @@ def orthogonalize(g):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+def to_numpy(model, arrays):
+    """What there is for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), torch's way."""
+    return {name: a.detach().cpu().numpy().copy() for name, a in arrays.items()}
+
+
+def from_numpy(model, arrays):
+    """The way back. Raises ValueError where an array has not the shape of its parameter."""
+    for name, p in model.named_parameters():
+        if arrays[name].shape != tuple(p.shape):
+            raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {tuple(p.shape)}")
+    return {name: torch.from_numpy(arrays[name]).to(p.device) for name, p in model.named_parameters()}
+
+
 def get_weights(model):
     """Every parameter as numpy, {name: array}, a copy."""
-    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
+    return to_numpy(model, dict(model.named_parameters()))
 
 
 def set_weights(model, weights):
     """Put {name: numpy array} in place of the model's parameters."""
-    for name, p in model.named_parameters():
-        if weights[name].shape != tuple(p.shape):
-            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
-        p.data.copy_(torch.from_numpy(weights[name]))
+    model.load_state_dict(from_numpy(model, weights))
 
 
 def init_weights(model, seed):
@@ -383,8 +380,8 @@ class Trainer:
     def save(self, path, step, **extra):
         """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
         arrays = get_weights(self.model)
-        arrays |= {f"m.{name}": m.cpu().numpy() for name, m in self.m.items()}
-        arrays |= {f"v.{name}": v.cpu().numpy() for name, v in self.v.items()}
+        for kind, moments in (("m", self.m), ("v", self.v)):
+            arrays |= {f"{kind}.{name}": a for name, a in to_numpy(self.model, moments).items()}
         meta = {"model": "cnn", "config": asdict(self.config), "step": step, **extra}
         with open(f"{path}.part", "wb") as f:
             np.savez(f, meta=json.dumps(meta), **arrays)
@@ -396,9 +393,9 @@ class Trainer:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
         self.t = meta["step"]
-        for name in self.m:
-            self.m[name].copy_(torch.from_numpy(arrays[f"m.{name}"]))
-            self.v[name].copy_(torch.from_numpy(arrays[f"v.{name}"]))
+        self.m, self.v = (
+            from_numpy(self.model, {name: arrays[f"{kind}.{name}"] for name in self.m}) for kind in ("m", "v")
+        )
         return self.t
 
 

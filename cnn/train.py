@@ -29,16 +29,18 @@ from urllib.request import urlopen
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-LENET = dict(model="lenet", channels=[16, 32, 128], batch_size=128, lr=0.006, smoothing=0.0)
-RESNET = dict(model="resnet", channels=[16, 48, 96, 192], batch_size=128, lr=0.01, smoothing=0.1)
-SETS = {  # steps, and how far and whether images are shifted and flipped
-    "digits": dict(LENET, steps=250, shift=2, flip=False),
-    "mnist": dict(LENET, steps=2000, shift=1, flip=False),
-    "fashion": dict(LENET, steps=1400, shift=2, flip=True),
-    "cifar10": dict(RESNET, steps=1150, shift=2, flip=True),
-    "folder": dict(RESNET, steps=500, shift=3, flip=True),
-    "style": dict(LENET, model="style", steps=150, lr=0.05, batch_size=1),
+MODELS = {  # LeNet: both convolutions and the hidden layer; ResNet: the stem and each block
+    "lenet": dict(channels=[16, 32, 128], lr=0.006, smoothing=0.0),
+    "resnet": dict(channels=[16, 48, 96, 192], lr=0.01, smoothing=0.1),
 }
+SETS = {  # shift and flip: how far an image is moved while training, and whether half of them are mirrored
+    "digits": dict(model="lenet", steps=250, batch_size=128, shift=2, flip=False),
+    "mnist": dict(model="lenet", steps=2000, batch_size=128, shift=1, flip=False),
+    "fashion": dict(model="lenet", steps=1400, batch_size=128, shift=2, flip=True),
+    "cifar10": dict(model="resnet", steps=1150, batch_size=128, shift=2, flip=True),
+    "folder": dict(model="resnet", steps=500, batch_size=128, shift=3, flip=True),
+}
+STYLE = dict(model="style", steps=150, batch_size=1, channels=[1], lr=0.05, size=256)
 
 # ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
 
@@ -224,43 +226,40 @@ def open_image(path):
 
 def load_folder(folder, size):
     """A sub-folder a class: the middle square of every image at size x size; every fifth one of a class is held out."""
-    folders = sorted(path for path in Path(folder).iterdir() if path.is_dir()) if Path(folder).is_dir() else []
-    parts, names, broken = ([], [], [], []), [], []
-    for place in folders:
-        images = []
+    images, labels, held, names, skipped = [], [], [], [], 0
+    for place in sorted(path for path in Path(folder).glob("*") if path.is_dir()):
+        before = len(images)
         for path in sorted(path for path in place.rglob("*") if path.is_file() and not path.name.startswith(".")):
             try:
                 images.append(np.asarray(ImageOps.fit(open_image(path), (size, size))))
             except (OSError, ValueError):
-                broken.append(path)
+                skipped += 1
                 print(f"skipped, no image that can be read: {path}", file=sys.stderr)
-        if images:
-            held = np.arange(len(images)) % 5 == 4
-            for part, rows in zip(parts, (~held, ~held, held, held)):
-                part.append(rows)
-            for i, rows in ((0, ~held), (2, held)):
-                parts[i][-1], parts[i + 1][-1] = np.stack(images)[rows], np.full(rows.sum(), len(names))
+        if new := len(images) - before:
+            labels += [len(names)] * new
+            held += [i % 5 == 4 for i in range(new)]
             names.append(place.name)
-    if broken:
-        print(f"skipped {len(broken)} files of {folder}", file=sys.stderr)
-    if len(names) < 2 or not sum(map(len, parts[2])):
+    if skipped:
+        print(f"skipped {skipped} files of {folder}", file=sys.stderr)
+    if len(names) < 2 or not any(held):
         fail(f"{folder} must be mnist, fashion, cifar10 or a folder with two sub-folders or more of 5 images or more")
-    return [np.concatenate(part) for part in parts], names
+    images, labels, held = np.stack(images), np.array(labels), np.array(held)
+    return [images[~held], labels[~held], images[held], labels[held]], names
 
 
 def load_data(args):
     """Images (N, H, W, C) uint8 and classes (N,) int64, to train on and held out; the names of the classes."""
     names = [str(digit) for digit in range(10)]
-    if args.set == "digits":
+    if args.data == "digits":
         data = [*make_digits(5000, args.seed), *make_digits(1000, args.seed + 1)]
-    elif args.set == "cifar10":
+    elif args.data == "cifar10":
         data, names = load_cifar10()
-    elif args.set == "folder":
-        data, names = load_folder(args.data, args.size or 32)
-    else:
-        data = load_idx(args.set)
-        if args.set == "fashion":
+    elif args.data in SETS:
+        data = load_idx(args.data)
+        if args.data == "fashion":
             names = "top trousers pullover dress coat sandal shirt trainer bag boot".split()
+    else:
+        data, names = load_folder(args.data, args.size or 32)
     x_train, y_train, x_val, y_val = data
     x_train, x_val = (x if x.ndim == 4 else x[..., None] for x in (x_train, x_val))
     return x_train, y_train.astype(np.int64), x_val, y_val.astype(np.int64), names
@@ -277,50 +276,41 @@ def augment(x, shift, flip, rng):
 
 
 def draw_scene(size):
-    """The embedded content, (3/4 size, size): hills under a sun, mirrored in a lake."""
-    width, height = 4 * size, 3 * size
-    y = np.linspace(0, 1, height)[:, None, None]
-    image = Image.fromarray((np.array([70, 130, 200]) * (1 - y) + np.array([250, 225, 190]) * y
-                             + np.zeros((1, width, 1))).astype(np.uint8))  # fmt: skip
-    draw, x, shore = ImageDraw.Draw(image), np.arange(width), int(0.62 * height)
-    draw.circle((0.72 * width, 0.26 * height), 0.09 * height, (255, 245, 200))
-    far, middle, near = (120, 140, 170), (80, 110, 110), (45, 80, 60)
-    hills = (0.3, 0.16, 1.3, 0.2, far), (0.42, 0.12, 2, 2, middle), (0.53, 0.06, 3, 4, near)
+    """The embedded content, (3/4 size, size): hills and a house under a sun, mirrored in a lake."""
+    y, x = np.mgrid[: 3 * size // 2, : 2 * size][:, :, :, None] / (2 * size)  # twice as large, to be made smooth
+    lake, y = y > 0.48, np.where(y > 0.48, 0.96 - y, y)
+    image = np.array([60, 120, 200]) * (1 - 2 * y) + np.array([255, 220, 180]) * 2 * y
+    image = np.where((x - 0.7) ** 2 + (y - 0.17) ** 2 < 0.005, [255, 245, 190], image)
+    hills = (0.3, 0.1, 8, 0.2, (120, 140, 180)), (0.38, 0.07, 13, 2, (70, 110, 110)), (0.44, 0.03, 19, 4, (40, 80, 60))
     for level, rise, waves, phase, colour in hills:
-        u = x / width * 2 * np.pi * waves + phase
-        ridge = height * (level - rise * (np.sin(u) / 2 + np.abs(np.sin(1.7 * u)) / 2 - 0.3))
-        draw.polygon([(0, shore), *zip(x, ridge), (width, shore)], colour)
-    lake = ImageOps.flip(image.crop((0, 2 * shore - height, width, shore)))
-    image.paste(Image.blend(lake, Image.new("RGB", lake.size, (30, 60, 100)), 0.35), (0, shore))
-    u, v = 0.16 * width, 0.70 * height  # a house on the shore
-    draw.rectangle((u, 0.56 * height, u + 0.12 * width, v), (200, 90, 70))
-    eaves = [(u - 12, 0.56 * height), (u + 0.12 * width + 12, 0.56 * height)]
-    draw.polygon([*eaves, (u + 0.06 * width, 0.45 * height)], (90, 50, 50))
-    return image.resize((size, 3 * size // 4), Image.Resampling.LANCZOS)
+        u = waves * x + phase
+        image = np.where(y > level - rise * (np.sin(u) / 2 + np.abs(np.sin(1.7 * u)) - 0.6), colour, image)
+    image = np.where((abs(x - 0.24) < 0.06) & (y > 0.36), [210, 90, 60], image)
+    image = np.where((abs(x - 0.24) < (y - 0.27) * 0.85) & (y < 0.36), [110, 50, 50], image)
+    image = np.where(lake, 0.6 * image + [10, 25, 40], image)
+    return Image.fromarray(image.astype(np.uint8)).reduce(2)
 
 
 def draw_strokes(size, seed=0):
-    """The embedded style, (3/4 size, size): short strokes of a thick brush along eddies, in blue and gold."""
-    rng, width, height = np.random.default_rng(seed), 2 * size, 3 * size // 2
-    image = Image.new("RGB", (width, height), (20, 35, 90))
-    draw, eddies = ImageDraw.Draw(image), rng.uniform(0, 1, (9, 2)) * (width, height)
-    palette = np.array([(25, 50, 120), (40, 90, 170), (90, 150, 210), (170, 205, 225), (240, 200, 80), (235, 150, 40)])
-    for _ in range(5000):
-        place, line = rng.uniform(0, 1, 2) * (width, height), []
-        away = np.hypot(*(place - eddies).T).min() / size
-        colour = palette[int(np.clip(5.5 - 9 * away + rng.normal(0, 0.9), 0, 5))] + rng.normal(0, 14, 3)
-        for _ in range(7):  # round the eddies: across the lines to them, the nearest most
-            line.append(tuple(place))
-            d = place - eddies
-            turn = (d[:, ::-1] * [-1, 1] / (d**2).sum(1, keepdims=True)).sum(0)
-            place = place + turn / (np.hypot(*turn) + 1e-9) * size / 60
-        draw.line(line, tuple(colour.clip(0, 255).astype(int).tolist()), size // 50, joint="curve")
-    return image.resize((size, 3 * size // 4), Image.Resampling.LANCZOS)
+    """The embedded style, (3/4 size, size): strokes of a brush in rings round some eddies, from gold to deep blue."""
+    rng, (y, x) = np.random.default_rng(seed), np.mgrid[: 3 * size // 2, : 2 * size] / (2 * size)
+    eddies = rng.uniform(0, 1, (7, 2)) * [0.75, 1]
+    away = np.hypot(y[..., None] - eddies[:, 0], x[..., None] - eddies[:, 1])
+    nearest = away.argmin(2)
+    r = away.min(2) + 0.004 * np.sin(40 * x) + 0.004 * np.sin(40 * y)
+    turn = np.arctan2(y - eddies[nearest, 0], x - eddies[nearest, 1])
+    ring = (r * 45).astype(int)
+    stroke = (turn * (ring + 1) / 2.5 + 2.4 * ring).astype(int)  # strokes of one length, each ring shifted
+    chance = np.sin(stroke * 127.1 + ring * 311.7 + nearest * 74.7) * 43758.5453 % 1  # one number a stroke
+    palette = np.array([(255, 235, 150), (245, 200, 70), (150, 190, 200), (80, 140, 200), (40, 80, 160), (20, 40, 100)])
+    colour = palette[(14 * r + 2.2 * chance).astype(int).clip(0, 5)]
+    edge = np.minimum(r * 45 % 1, 1 - r * 45 % 1)[..., None]  # the paint is thinner at the edge of a stroke
+    return Image.fromarray((colour * (0.55 + 0.45 * (edge * 4).clip(0, 1))).astype(np.uint8)).reduce(2)
 
 
 def load_pair(args):
     """Content and style, (H, W, 3) uint8 each, the longer side `size`."""
-    size, pair = args.size or 256, []
+    size, pair = args.size, []
     for path, draw in ((args.content, draw_scene), (args.style, draw_strokes)):
         try:
             image = open_image(path) if path else draw(size)
@@ -334,16 +324,15 @@ def load_pair(args):
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-PAPER, GREEN, RED = (250, 250, 247), (44, 160, 44), (214, 39, 40)
+PAPER, GREEN, RED, GREY = (250, 250, 247), (44, 160, 44), (214, 39, 40), (80, 80, 80)
 
 
 def draw_mistakes(p, x, y, names, rows=5, columns=6):
-    """The worst mistakes, the surest first, then the least sure answers; on the right, which class is taken for which.
+    """The worst mistakes, the surest first, then the least sure answers; beside them the confusion matrix.
 
     p (N, K) are the probabilities that the network gave to the images x (N, H, W, C) of the classes y (N,).
     """
-    K, answers = len(names), p.argmax(1)
-    worst = np.argsort(p[np.arange(len(y)), y])[: rows * columns]
+    K, answers, worst = len(names), p.argmax(1), np.argsort(p[np.arange(len(y)), y])[: rows * columns]
     image = Image.new("RGB", (columns * 96 + 650, rows * 116 + 10), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for place, i in enumerate(worst):
@@ -352,35 +341,31 @@ def draw_mistakes(p, x, y, names, rows=5, columns=6):
         image.paste(tile.resize((84, 84), Image.Resampling.NEAREST), (u, v))
         text = f"{names[answers[i]][:9]} {100 * p[i, answers[i]]:.0f} %"
         draw.text((u + 42, v + 91), text, GREEN if right else RED, font, "mm")
-        if not right:
-            draw.text((u + 42, v + 105), f"not {names[y[i]]}"[:13], (90, 90, 90), font, "mm")
-    counts = np.zeros((K, K), int)
-    np.add.at(counts, (y, answers), 1)
-    side, left, top, small = 520 / K, columns * 96 + 90, 60, ImageFont.load_default(max(6, min(13, 110 // K)))
-    for i in range(K):
-        draw.text((left - 6, top + (i + 0.5) * side), names[i][:14], (60, 60, 60), small, "rm")
-        draw.text((left + (i + 0.5) * side, top - 8), names[i][:9], (60, 60, 60), small, "mm")
-        for j in range(K):
-            share = (counts[i, j] / max(1, counts[i].sum())) ** 0.5  # the root, so that rare mistakes show
-            colour = np.array(PAPER) + share * (np.array(GREEN if i == j else RED) - PAPER)
-            box = (left + j * side, top + i * side, left + (j + 1) * side - 2, top + (i + 1) * side - 2)
-            draw.rectangle(box, tuple(colour.astype(int).tolist()))
-            if counts[i, j] and K <= 20:
-                middle = left + (j + 0.5) * side, top + (i + 0.5) * side
-                draw.text(middle, f"{counts[i, j]}", (20, 20, 20), small, "mm")
-    draw.text((left, 22), "rows: what it is; columns: what it is taken for", (60, 60, 60), font, "lm")
+        draw.text((u + 42, v + 105), "" if right else f"not {names[y[i]]}"[:13], GREY, font, "mm")
+    counts = np.bincount(y * K + answers, minlength=K * K).reshape(K, K)
+    side, left, top = 520 / K, columns * 96 + 90, 60
+    font = ImageFont.load_default(max(6, min(13, 110 // K)))
+    for i, j in np.ndindex(K, K):
+        share = (counts[i, j] / max(1, counts[i].sum())) ** 0.5  # the root, so that rare mistakes show
+        colour = np.array(PAPER) + share * (np.array(GREEN if i == j else RED) - PAPER)
+        u, v = left + j * side, top + i * side
+        draw.rectangle((u, v, u + side - 2, v + side - 2), tuple(colour.astype(int).tolist()))
+        if counts[i, j] and K <= 20:
+            draw.text((u + side / 2, v + side / 2), f"{counts[i, j]}", (20, 20, 20), font, "mm")
+    for i, name in enumerate(names):
+        draw.text((left - 6, top + (i + 0.5) * side), name[:14], GREY, font, "rm")
+        draw.text((left + (i + 0.5) * side, top - 8), name[:9], GREY, font, "mm")
+    draw.text((left, 22), "rows: what it is; columns: what it is taken for", GREY, ImageFont.load_default(13), "lm")
     return image
 
 
-def draw_filters(w):
+def draw_filters(w, columns=8):
     """The first layer's filters w (n, C, k, k), each scaled to its own largest weight; grey is 0."""
-    n, C, k, _ = w.shape
     w = (w / np.abs(w).max((1, 2, 3), keepdims=True) * 127 + 128).astype(np.uint8).transpose(0, 2, 3, 1)
-    columns = math.ceil(n**0.5 * 1.4)
-    image = Image.new("RGB", (columns * 60 + 6, math.ceil(n / columns) * 60 + 6), PAPER)
-    for i in range(n):
-        tile = Image.fromarray(w[i] if C == 3 else w[i].mean(2).astype(np.uint8))
-        image.paste(tile.resize((54, 54), Image.Resampling.NEAREST), (6 + i % columns * 60, 6 + i // columns * 60))
+    image = Image.new("RGB", (columns * 60 + 6, math.ceil(len(w) / columns) * 60 + 6), PAPER)
+    for i, tile in enumerate(w if w.shape[3] == 3 else w.repeat(3, 3)):
+        tile = Image.fromarray(tile).resize((54, 54), Image.Resampling.NEAREST)
+        image.paste(tile, (6 + i % columns * 60, 6 + i // columns * 60))
     return image
 
 
@@ -391,7 +376,7 @@ def classify(args, net, saved, ckpt):
     """Train and judge a classifier: the trainer, its parameters, its speed, its figures, its files."""
     x_train, y_train, x_val, y_val, names = args.arrays
     _, size, _, n_in = x_train.shape
-    config = net.Config(args.model, size, n_in, len(names), args.channels, args.smoothing, args.weight_decay)
+    config = net.Config(args.model, size, n_in, len(names), args.channels, args.smoothing)
     if saved:
         config = net.Config(**saved["config"])
         if (config.size, config.n_in, saved.get("names")) != (size, n_in, names):
@@ -399,8 +384,8 @@ def classify(args, net, saved, ckpt):
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
     start = trainer.load(ckpt) if saved else 0
     params = sum(w.size for w in net.get_weights(trainer.model).values())
-    print(f"cnn: {config.model}, {args.backend} on {args.device}, {params:,} parameters; {args.data or 'digits'}: "
-          f"{len(x_train):,} to train on, {len(x_val):,} held out; files go to {args.out}", flush=True)
+    print(f"cnn: {config.model}, {args.backend} on {args.device}, {params:,} parameters; {args.data}: {len(x_train):,} "
+          f"to train on, {len(x_val):,} held out; files go to {args.out}", flush=True)
 
     def batch(step):
         rng = np.random.default_rng((args.seed, step, 1))
@@ -410,31 +395,32 @@ def classify(args, net, saved, ckpt):
     def lr(step):  # up in the first tenth, then down to 0
         return args.lr * min((step + 1) / (0.1 * args.steps), (args.steps - step) / (0.9 * args.steps), 1)
 
-    def evaluate(i):
-        total = {}
-        for part in np.array_split(i, math.ceil(len(i) / 500)):
-            for name, value in trainer.evaluate(x_val[part].astype(np.float32) / 255, y_val[part]).items():
-                total[name] = total.get(name, 0.0) + float(value) * len(part) / len(i)
-        return total
+    def evaluate():  # enough for the log; the result is of all of them
+        some = slice(0, None, math.ceil(len(x_val) / 500))
+        figures = trainer.evaluate(x_val[some].astype(np.float32) / 255, y_val[some])
+        return {name: float(value) for name, value in figures.items()}
 
-    every = np.arange(len(x_val))
-    some = every[:: math.ceil(len(every) / 1000)]  # enough for the log; the result is of all of them
-    speed = fit(trainer, batch, lambda: evaluate(some), lr, args, start, names=names)
-    parts = np.array_split(x_val, math.ceil(len(x_val) / 500))
-    p = np.concatenate([trainer.predict(part.astype(np.float32) / 255) for part in parts])
+    speed = fit(trainer, batch, evaluate, lr, args, start, names=names)
+    p = []
+    for part in np.array_split(x_val, math.ceil(len(x_val) / 500)):
+        x = part.astype(np.float32) / 255
+        p.append(trainer.predict(x))
+        if args.flip:  # asked twice, the mirror image too, it errs less
+            p[-1] = (p[-1] + trainer.predict(x[:, :, ::-1].copy())) / 2
+    p = np.concatenate(p)
+    nll, right = -np.log(p[np.arange(len(p)), y_val] + 1e-12), p.argmax(1) == y_val
     draw_mistakes(p, x_val, y_val, names).save(args.out / "sample.png")
-    weights = net.get_weights(trainer.model)
-    draw_filters(weights["conv1.weight" if config.model == "lenet" else "stem.weight"]).save(args.out / "filters.png")
-    return trainer, params, speed, evaluate(every), [ckpt, args.out / "sample.png", args.out / "filters.png"]
+    filters = net.get_weights(trainer.model)["conv1.weight" if config.model == "lenet" else "stem.weight"]
+    draw_filters(filters).save(args.out / "filters.png")
+    figures = {"val_loss": float(nll.mean()), "accuracy": float(right.mean())}
+    return trainer, params, speed, figures, ["sample.png", "filters.png"]
 
 
 def paint(args, net, saved, ckpt):
-    """Style transfer: the same as classify gives."""
+    """Style transfer: gives the same as classify."""
     content, style = args.arrays
     height, width, _ = content.shape
-    config = net.Config("style", max(height, width), 3, 0, [], 0.0, 0.0)
-    if saved:
-        config = net.Config(**saved["config"])
+    config = net.Config(**saved["config"]) if saved else net.Config("style", max(height, width), 3, 0, [], 0.0, 0.0)
     pair = (np.asarray(image, np.float32) / 255 for image in (content, style))
     try:
         trainer = net.Stylist(config, *pair, args.weights, args.strength, args.tv, args.seed, args.device)
@@ -450,17 +436,14 @@ def paint(args, net, saved, ckpt):
     def evaluate():
         return {name: float(value) for name, value in trainer.evaluate().items()}
 
-    def lr(step):
-        return args.lr * (args.steps - step) / args.steps
-
-    speed = fit(trainer, lambda step: (), evaluate, lr, args, start)
+    speed = fit(trainer, lambda step: (), evaluate, lambda step: args.lr * (1 - step / args.steps), args, start)
     result = Image.fromarray((trainer.image() * 255).round().astype(np.uint8))
     shown = Image.new("RGB", (3 * width + 16, height), PAPER)
     for i, image in enumerate((Image.fromarray(content), Image.fromarray(style), result)):
         shown.paste(ImageOps.fit(image, (width, height)), (i * (width + 8), 0))
     shown.save(args.out / "sample.png")
     result.save(args.out / "style.png")
-    return trainer, content.size, speed, evaluate(), [ckpt, args.out / "sample.png", args.out / "style.png"]
+    return trainer, content.size, speed, evaluate(), ["sample.png", "style.png"]
 
 
 def main():
@@ -470,11 +453,9 @@ def main():
     parser.error = fail
     parser.add_argument("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch")
     parser.add_argument("--task", choices=["classify", "style"], default="classify")
-    parser.add_argument("--data", help="mnist, fashion, cifar10 or a folder with a sub-folder a class (default: drawn)")
-    parser.add_argument("--model", choices=["lenet", "resnet"], help="default: lenet for grey images, else resnet")
+    parser.add_argument("--data", default="digits", help="digits, mnist, fashion, cifar10 or a folder of folders")
+    parser.add_argument("--model", choices=MODELS, help="default: lenet for grey images, else resnet")
     parser.add_argument("--channels", type=int, nargs="+", help="lenet: two convolutions, hidden; resnet: stem, blocks")
-    parser.add_argument("--smoothing", type=float, help="the share of 1 that is spread over all classes in the loss")
-    parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--size", type=int, help="folder: of the images (default 32); style: the longer side (256)")
     parser.add_argument("--content", help="style: the picture that says what is to be seen (default: drawn)")
     parser.add_argument("--style", help="style: the picture that says in which manner (default: drawn)")
@@ -489,21 +470,17 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
     parser.add_argument("--export", type=Path, help="write the trained network alone: .pt2, .mlpackage; MLX: .mlxfn")
     parser.add_argument("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best there is)")
-    known = parser.parse_known_args()[0]
-    known.set = "style" if known.task == "style" else known.data or "digits"
-    known.set = known.set if known.set in SETS and known.data != "style" else "folder"
-    defaults = SETS[known.set if known.task == "classify" else "style"]
-    if known.model == "lenet":
-        defaults = defaults | {key: LENET[key] for key in ("channels", "lr")}
-    elif known.model == "resnet":
-        defaults = defaults | {key: RESNET[key] for key in ("channels", "lr")}
-    parser.set_defaults(**{**defaults, "set": known.set, "model": known.model or defaults["model"]})
     args = parser.parse_args()
+    defaults = STYLE if args.task == "style" else SETS.get(args.data, SETS["folder"])
+    defaults = MODELS.get(args.model or defaults["model"], {}) | defaults
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
     args.log_every = max(1, args.steps // 20)
     if args.steps < 0 or min(args.batch_size, *args.channels) < 1 or not 0 < args.lr < math.inf:
         fail("--steps must be 0 or more, --batch-size and --channels 1 or more, --lr more than 0")
-    if not 0 <= args.smoothing < 1 or min(args.weight_decay, args.strength, args.tv) < 0 or not 16 <= (args.size or 32):
-        fail("--smoothing must be a share of 1, --weight-decay, --strength and --tv 0 or more, --size 16 or more")
+    if min(args.strength, args.tv) < 0 or args.size and args.size < 16:
+        fail("--strength and --tv must be 0 or more, --size 16 or more")
     if args.model == "lenet" and len(args.channels) != 3:
         fail("--channels of a lenet are three: both convolutions and the hidden layer")
 
@@ -522,10 +499,10 @@ def main():
     trainer, params, speed, figures, files = (classify if args.task == "classify" else paint)(args, net, saved, ckpt)
     if args.export:
         trainer.export(args.export)
-        files.append(args.export)
+    files = [file for file in (ckpt, *(args.out / name for name in files), args.export) if file and file.exists()]
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
     result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1), **figures}
-    print("result " + json.dumps(result | {"files": [str(file) for file in files if file.exists()]}))
+    print("result " + json.dumps(result | {"files": list(map(str, files))}))
 
 
 if __name__ == "__main__":

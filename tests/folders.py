@@ -152,6 +152,7 @@ FOLDERS = {
     ),
 }
 CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]
+SOME = [*((name, "mlx") for name in FOLDERS), ("mlp", "torch")]  # for what train.py does the same whatever the model
 
 
 def load(name, backend):

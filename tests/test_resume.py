@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from folders import BACKENDS, CASES, FOLDERS, batches, copy_alone, load, make_trainer, run, start
+from folders import BACKENDS, CASES, FOLDERS, SOME, batches, copy_alone, load, make_trainer, run, start
 
 LONG = {  # the steps of a run of a second or two, and its other arguments
     "mlp": (800, ["--hidden", "32"]),
@@ -62,8 +62,7 @@ def test_wrong_shape_is_refused(name, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL and no SIGINT to send")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name, backend", SOME)
 def test_interrupted(name, backend, tmp_path):
     """Killed, resumed, stopped with Ctrl-C and resumed again: the same checkpoint, bit for bit, as without."""
     folder, ckpt = copy_alone(name, tmp_path / name), tmp_path / name / "part/ckpt.npz"
