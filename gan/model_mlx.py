@@ -37,13 +37,14 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 class Config:
     image: tuple = (28, 28, 1)  # height, width, channels
     latent: int = 64
-    hidden: tuple = (32, 64)  # widths of D's layers, channels for dcgan; G has them in reverse
+    hidden: tuple = (16, 64)  # widths of D's layers, channels for dcgan; G has them in reverse
+    dense: int = 128  # dcgan: width of one more, linear layer at the small end, where it sees the whole picture
     model: str = "dcgan"  # dcgan: each layer halves (G: doubles) height and width; or gan: linear layers
     loss: str = "non-saturating"  # non-saturating, minimax or wgan-gp
     smoothing: float = 0.0  # D's target for real x is 1 less this: a D that is never sure leaves G a gradient
     penalty: float = 10.0  # wgan-gp's
-    d_lr: float = 1.0  # D's rate over G's: a D that learns faster stays near D*, where V tells G the truth
-    d_steps: int = 1  # updates of D for one of G, to the same end; wgan-gp wants 5
+    d_lr: float = 1.0  # D's rate over G's: higher keeps D near D*, where V tells G the truth; lower, D from winning
+    d_steps: int = 1  # updates of D for one of G: more keep D near D* too; wgan-gp wants 5
     ema: float = 0.99  # pictures come from an average of G's weights: G itself circles around the fixed point
 
 
@@ -112,7 +113,9 @@ class ConvGenerator(nn.Module):
         (H, W, C), half = config.image, 2 ** len(config.hidden)
         sizes = [*reversed(config.hidden)]
         self.small = (H // half, W // half, sizes[0])
-        self.inp = nn.Linear(config.latent, math.prod(self.small))
+        self.inp = nn.Sequential(
+            nn.Linear(config.latent, config.dense), nn.ReLU(), nn.Linear(config.dense, math.prod(self.small))
+        )
         # the norm, of each channel over the batch, keeps G from one picture for all z; a bias before it would be idle
         layers = [nn.BatchNorm(sizes[0]), nn.ReLU()]
         for n, m in zip(sizes, sizes[1:]):
@@ -135,7 +138,8 @@ class ConvDiscriminator(nn.Module):
             layers += [Down(n, m, bias=not norm), nn.BatchNorm(m, track_running_stats=False)][: 1 + norm]
             layers += [nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*layers)
-        self.out = nn.Linear(H // half * (W // half) * sizes[-1], 1)
+        n = H // half * (W // half) * sizes[-1]
+        self.out = nn.Sequential(nn.Linear(n, config.dense), nn.LeakyReLU(0.2), nn.Linear(config.dense, 1))
 
     def __call__(self, x):
         """x (B, H, W, C) -> s (B,)"""
@@ -297,9 +301,11 @@ class Trainer:
         return s if self.config.loss == "wgan-gp" else mx.sigmoid(s)
 
     def evaluate(self, x, z):
-        """{"value"}, that of the game between D and the average of G, for x (B, H, W, C) and z (B, latent)."""
+        """{"value"} of the game as it stands, for x (B, H, W, C) and z (B, latent)."""
         x, z = self.arrays(x, z)
-        real, s = self.model.discriminator(x), self.model.discriminator(self.average(z))
+        self.model.generator.eval()  # its norms' statistics stay as they are
+        real, s = self.model.discriminator(x), self.model.discriminator(self.model.generator(z))
+        self.model.generator.train()
         return {"value": value(real, s, self.config.loss)}
 
     def discriminate(self, x):

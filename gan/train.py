@@ -378,13 +378,14 @@ def draw_game(looks):
     for i, step in enumerate(steps[np.linspace(0, len(steps) - 1, 4).round().astype(int)]):
         x, y, (q, d) = 30 + 790 * (i % 2), 60 + 450 * (i // 2), looks[step]
         lines = {"p": (GRID, P / P.max() * 0.6, INK["p"]), "q": (GRID, q / P.max() * 0.6, INK["q"])}
-        with np.errstate(invalid="ignore"):
-            lines |= {"p / (p + q)": (GRID, np.nan_to_num(P / (P + q), nan=0.5), INK["D*"]), "D": (GRID, d, INK["D"])}
+        seen = P + q > 1e-3  # beyond, the few samples say little of q
+        lines |= {"p / (p + q)": (GRID[seen], P[seen] / (P + q)[seen], INK["D*"]), "D": (GRID, d, INK["D"])}
         plot(draw, (x, y, x + 750, y + 370), lines, (-1, 0, 1, 1), f"step {step}")
     figures = [theory(*look) for look in looks.values()]
     lines = {"-log 4 + 2 JSD(p, q)": (steps, [f["bound"] for f in figures], INK["D*"])}
     lines |= {"V": (steps, [f["value"] for f in figures], INK["D"])}
-    plot(draw, (30, 960, 1570, 1410), lines, (0, -1.5, max(steps[-1], 1), 0), "the value of the game, from -1.5 to 0")
+    span = (0, -1.5, max(steps[-1], 1), -0.9)
+    plot(draw, (30, 960, 1570, 1410), lines, span, "the value of the game, from -1.5 to -0.9")
     return image.reduce(2)
 
 
@@ -411,6 +412,7 @@ def main():
     parser.add_argument("--size", type=int, default=32, help="height and width of flowers and of a folder's pictures")
     parser.add_argument("--model", choices=["gan", "dcgan"], help="linear layers, or convolutions")
     parser.add_argument("--hidden", type=int, nargs="+", help="widths of D's layers (default: 16 64 ...; gan: 256 256)")
+    parser.add_argument("--dense", type=int, default=128, help="width of dcgan's linear layer")
     parser.add_argument("--latent", type=int, help="numbers that stand for a picture")
     parser.add_argument("--loss", choices=["non-saturating", "minimax", "wgan-gp"], default="non-saturating")
     parser.add_argument("--smoothing", type=float, help="D's target for real pictures is 1 less this")
@@ -431,8 +433,8 @@ def main():
     args.d_steps = args.d_steps if args.d_steps is not None else 5 if toy or args.loss == "wgan-gp" else 1
     if args.steps < 0 or not 0 < args.lr < math.inf or not 0 < args.d_lr < math.inf:
         fail("--steps must be 0 or more, --lr and --d-lr more than 0")
-    if min(args.batch_size, args.latent, args.d_steps, *(args.hidden or [1])) < 1:
-        fail("--batch-size, --latent, --d-steps and --hidden must be 1 or more")
+    if min(args.batch_size, args.latent, args.d_steps, args.dense, *(args.hidden or [1])) < 1:
+        fail("--batch-size, --latent, --d-steps, --dense and --hidden must be 1 or more")
     if not (0 <= args.smoothing < 1 and 0 <= args.ema < 1 and 0 <= args.penalty < math.inf):
         fail("--smoothing and --ema must be from 0 to less than 1, --penalty 0 or more")
     if args.size < 8 or args.count < 100:
@@ -448,17 +450,17 @@ def main():
     if not toy and args.batch_size > len(train):
         fail(f"--batch-size {args.batch_size} is more than the {len(train)} pictures: make it smaller")
     if not args.hidden:
-        widths = [16, 64, 128, 256][: max(1, round(math.log2(image[0] / 6)))]  # 28 pixels become 7, and 32 or 64 become 4
+        widths = [16, 64, 128, 256][: max(1, round(math.log2(image[0] / 6)))]  # 28 pixels to 7, 32 or 64 to 4
         args.hidden = widths if args.model == "dcgan" else [64, 64] if toy else [256, 256]
     net = load_twin(args)
-    names = "latent hidden model loss smoothing penalty d_lr d_steps ema".split()
+    names = "latent hidden dense model loss smoothing penalty d_lr d_steps ema".split()
     config = net.Config(image, *(getattr(args, name) for name in names))
     if saved:
         config = net.Config(**saved["config"])
         if config.image != image:
             fail(f"{ckpt} was trained on other pictures or for another task: repeat --task, --data and --size")
     if config.model == "dcgan" and any(side % 2 ** len(config.hidden) for side in image[:2]):
-        fail(f"--hidden of dcgan halves {image[0]} x {image[1]} pictures {len(config.hidden)} times: name fewer, or a --size")
+        fail(f"--hidden of dcgan halves {image[0]} x {image[1]} pictures {len(config.hidden)} times: name fewer")
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
     start = trainer.load(ckpt) if saved else 0
     params = sum(w.size for w in net.get_weights(trainer.model).values())
@@ -471,7 +473,7 @@ def main():
     def pictures(z):
         return (in_parts(trainer.generate, z, 250) + 1) / 2
 
-    latents = np.random.default_rng((args.seed, 2)).standard_normal((2000, config.latent), np.float32)
+    latents = np.random.default_rng((args.seed, 2)).standard_normal((1000, config.latent), np.float32)
     held = None if toy else floats(test) * 2 - 1
     real, won = None if toy else features(held), []
 
@@ -512,7 +514,7 @@ def main():
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
     result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1)}
     files = [str(args.out / name) for name in ("ckpt.npz", "sample.png") if (args.out / name).exists()]
-    print("result " + json.dumps(result | evaluate(2000) | {"files": files}))
+    print("result " + json.dumps(result | evaluate(len(latents)) | {"files": files}))
 
 
 if __name__ == "__main__":

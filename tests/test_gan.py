@@ -1,4 +1,4 @@
-"""The mathematics of gan/ against other ways to the same figures; what it learns, as a classifier of its own sees it."""
+"""The mathematics of gan/ against other ways to the same figures; what it learns, as a classifier sees it."""
 
 import importlib.util
 import json
@@ -144,16 +144,16 @@ def test_critic():
             slope = (((up - down) / (2 * h)) ** 2).sum(0) ** 0.5
             return critic(fake).mean() - critic(x).mean() + 10 * ((slope - 1) ** 2).mean()
 
-        expected, p = loss(), critic.out.weight
-        p[0, 3] += 1e-4
+        expected, p = loss(), critic.net[0].weight
+        p[0, 2, 1, 3] += 1e-4
         up = loss()
-        p[0, 3] -= 2e-4
+        p[0, 2, 1, 3] -= 2e-4
         slope = (up - loss()) / 2e-4
-        p[0, 3] += 1e-4
+        p[0, 2, 1, 3] += 1e-4
     ours, _ = net.discriminator_loss(model, x, fake, u)
     ours.backward()
     assert float(ours.detach()) == pytest.approx(float(expected), rel=1e-6)
-    assert float(p.grad[0, 3]) == pytest.approx(float(slope), rel=1e-4) and abs(slope) > 0.01
+    assert float(p.grad[0, 2, 1, 3]) == pytest.approx(float(slope), rel=1e-4) and abs(slope) > 0.01
 
 
 # ---- two rates, two optimizers, the average --------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_toy(tmp_path):
     """A short game: q comes near p, and D stays near p / (p + q)."""
     folder = copy_alone("gan", tmp_path / "gan")
     first = result(folder, "mlx", "--task", "toy", "--steps", "0")
-    last = result(folder, "torch", "--task", "toy", "--steps", "150", "--batch-size", "128", "--out", "on")
+    last = result(folder, "mlx", "--task", "toy", "--steps", "150", "--batch-size", "128", "--out", "on")
     assert first["bound"] > -1.15 and last["bound"] < -1.2
     assert last["off"] < 0.12 and last["bound"] - 0.15 < last["value"] < last["bound"]
     with Image.open(folder / "on/sample.png") as image:
@@ -269,7 +269,7 @@ def test_frechet(train):
 
 
 def test_runs(tmp_path):
-    """Flowers in colour, wgan-gp, and the twin goes on where the first stopped: the strips of both are in the picture."""
+    """Flowers in colour, wgan-gp; the twin goes on where the first stopped: the strips of both are in the picture."""
     folder = copy_alone("gan", tmp_path / "gan")
     args = ["--data", "flowers", "--size", "16", "--count", "200", "--hidden", "8", "--loss", "wgan-gp"]
     args += ["--batch-size", "16", "--d-steps", "2"]
@@ -290,3 +290,49 @@ def test_won(tmp_path):
     args = ["--steps", "60", "--count", "200", "--model", "gan", "--hidden", "64", "--d-lr"]
     assert "discriminator has won" in result(folder, "mlx", *args, "30")["out"]
     assert "discriminator has won" not in result(folder, "mlx", *args, "0.01")["out"]
+
+
+# ---- what it learns --------------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """A classifier trained on the same pictures (N, 28, 28, 1): its classes, how sure it is, its features."""
+
+    def __init__(self, x, labels, steps=200):
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(1, 8, 4, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 4, 2, 1), torch.nn.ReLU()]
+        self.body = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(16 * 49, 32), torch.nn.ReLU())
+        self.head, rng = torch.nn.Linear(32, 10), np.random.default_rng(0)
+        optimizer = torch.optim.Adam([*self.body.parameters(), *self.head.parameters()], 5e-3)
+        for _ in range(steps):
+            i = rng.integers(0, len(x), 64)
+            logits = self.head(self.body(torch.from_numpy(x[i]).permute(0, 3, 1, 2)))
+            optimizer.zero_grad()
+            F.cross_entropy(logits, torch.from_numpy(labels[i])).backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def __call__(self, x):
+        features = self.body(torch.from_numpy(x).permute(0, 3, 1, 2))
+        return torch.softmax(self.head(features), 1).numpy(), features.numpy()
+
+
+def test_quality(train, tmp_path):
+    """A short run: all ten digits among the samples, the judge mostly sure of them, the features near the real ones."""
+    folder = copy_alone("gan", tmp_path / "gan")
+    args = ["--hidden", "8", "32", "--count", "2000", "--lr", "2e-3", "--ema", "0.98"]
+    assert result(folder, "torch", *args, "--steps", "400")["frechet"] < 60
+    images, labels = train.make_digits(3000, 7)
+    x = train.pixels((images[..., None] - 40.0) / 105).astype(np.float32) / 127.5 - 1
+    judge = Judge(x[:2000], labels[:2000])
+    sure, real = judge(x[2000:])
+    assert (sure.argmax(1) == labels[2000:]).mean() > 0.9
+    trainer, net = {}, load("gan", "mlx")  # torch trained it, MLX draws
+    z = np.random.default_rng(1).standard_normal((1000, 64), np.float32)
+    for steps in (0, 400):
+        trainer = net.Trainer(net.Config(hidden=[8, 32]), seed=0, device="cpu")
+        if steps:
+            trainer.load(folder / "out/ckpt.npz")
+        sure, features = judge(trainer.generate(z))
+        share, distance = np.bincount(sure.argmax(1), minlength=10) / len(z), train.frechet(real, features)
+        print(steps, share.round(3), sure.max(1).mean(), distance, train.frechet(real, judge(x[:1000])[1]))
