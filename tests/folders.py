@@ -136,7 +136,7 @@ FOLDERS = {
     "gan": Folder(
         configs=[
             dict(image=[8, 8, 1], latent=5, hidden=[8, 12], dense=10, smoothing=0.1),
-            dict(image=[4, 6, 3], latent=5, hidden=[16], dense=12, loss="wgan-gp", d_steps=2),
+            dict(image=[4, 6, 3], latent=5, hidden=[16], dense=12, loss="wgan-gp", penalty=2.0, d_steps=2),
             dict(image=[4, 6, 1], latent=5, hidden=[24, 16], model="gan", d_lr=2.0, d_steps=2, ema=0.5),
             dict(image=[8, 4, 3], latent=5, hidden=[12, 16], model="gan", loss="minimax"),
         ],
@@ -145,7 +145,7 @@ FOLDERS = {
         loss=both_losses,
         outputs=lambda trainer, x, z, u: trainer.generate(z[0]),
         lr=0.01,
-        overfit=(60, 0.9),
+        overfit=(19, 0.8),
         smoke=["--steps", "50", "--hidden", "8", "16", "--count", "300"],
         learned=("frechet", "<", 300.0),
         files=["ckpt.npz", "sample.png"],
