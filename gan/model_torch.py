@@ -37,7 +37,6 @@ class Config:
     image: tuple = (28, 28, 1)  # height, width, channels
     latent: int = 64
     hidden: tuple = (16, 64)  # widths of D's layers, channels for dcgan; G has them in reverse
-    dense: int = 128  # dcgan: width of one more, linear layer at the small end, where it sees the whole picture
     model: str = "dcgan"  # dcgan: each layer halves (G: doubles) height and width; or gan: linear layers
     loss: str = "non-saturating"  # non-saturating, minimax or wgan-gp
     smoothing: float = 0.0  # D's target for real x is 1 less this: a D that is never sure leaves G a gradient
@@ -99,9 +98,7 @@ class ConvGenerator(nn.Module):
         (H, W, C), half = config.image, 2 ** len(config.hidden)
         sizes = [*reversed(config.hidden)]
         self.small = (H // half, W // half, sizes[0])
-        self.inp = nn.Sequential(
-            nn.Linear(config.latent, config.dense), nn.ReLU(), nn.Linear(config.dense, math.prod(self.small))
-        )
+        self.inp = nn.Linear(config.latent, math.prod(self.small))
         # the norm, of each channel over the batch, keeps G from one picture for all z; a bias before it would be idle
         layers = [nn.BatchNorm2d(sizes[0]), nn.ReLU()]
         for n, m in zip(sizes, sizes[1:]):
@@ -124,8 +121,7 @@ class ConvDiscriminator(nn.Module):
             layers += [Down(n, m, bias=not norm), nn.BatchNorm2d(m, track_running_stats=False)][: 1 + norm]
             layers += [nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*layers)
-        n = H // half * (W // half) * sizes[-1]
-        self.out = nn.Sequential(nn.Linear(n, config.dense), nn.LeakyReLU(0.2), nn.Linear(config.dense, 1))
+        self.out = nn.Linear(H // half * (W // half) * sizes[-1], 1)
 
     def forward(self, x):
         """x (B, H, W, C) -> s (B,)"""

@@ -412,7 +412,6 @@ def main():
     parser.add_argument("--size", type=int, default=32, help="height and width of flowers and of a folder's pictures")
     parser.add_argument("--model", choices=["gan", "dcgan"], help="linear layers, or convolutions")
     parser.add_argument("--hidden", type=int, nargs="+", help="widths of D's layers (default: 16 64 ...; gan: 256 256)")
-    parser.add_argument("--dense", type=int, default=128, help="width of dcgan's linear layer")
     parser.add_argument("--latent", type=int, help="numbers that stand for a picture")
     parser.add_argument("--loss", choices=["non-saturating", "minimax", "wgan-gp"], default="non-saturating")
     parser.add_argument("--smoothing", type=float, help="D's target for real pictures is 1 less this")
@@ -433,8 +432,8 @@ def main():
     args.d_steps = args.d_steps if args.d_steps is not None else 5 if toy or args.loss == "wgan-gp" else 1
     if args.steps < 0 or not 0 < args.lr < math.inf or not 0 < args.d_lr < math.inf:
         fail("--steps must be 0 or more, --lr and --d-lr more than 0")
-    if min(args.batch_size, args.latent, args.d_steps, args.dense, *(args.hidden or [1])) < 1:
-        fail("--batch-size, --latent, --d-steps, --dense and --hidden must be 1 or more")
+    if min(args.batch_size, args.latent, args.d_steps, *(args.hidden or [1])) < 1:
+        fail("--batch-size, --latent, --d-steps and --hidden must be 1 or more")
     if not (0 <= args.smoothing < 1 and 0 <= args.ema < 1 and 0 <= args.penalty < math.inf):
         fail("--smoothing and --ema must be from 0 to less than 1, --penalty 0 or more")
     if args.size < 8 or args.count < 100:
@@ -453,7 +452,7 @@ def main():
         widths = [16, 64, 128, 256][: max(1, round(math.log2(image[0] / 6)))]  # 28 pixels to 7, 32 or 64 to 4
         args.hidden = widths if args.model == "dcgan" else [64, 64] if toy else [256, 256]
     net = load_twin(args)
-    names = "latent hidden dense model loss smoothing penalty d_lr d_steps ema".split()
+    names = "latent hidden model loss smoothing penalty d_lr d_steps ema".split()
     config = net.Config(image, *(getattr(args, name) for name in names))
     if saved:
         config = net.Config(**saved["config"])
@@ -481,7 +480,7 @@ def main():
         array = look_at_game(trainer, args.seed) if toy else pixels(np.nan_to_num(pictures(latents[:12])))
         keep(looks / f"{step:08}.npy", array)
 
-    marks = {round(args.steps * (i / n) ** 2) for n in [20 if toy else 4] for i in range(n)}  # more often at first
+    marks = {round(args.steps * (i / n) ** 2) for n in [20 if toy else 6] for i in range(n)}  # more often at first
 
     def batch(step):
         if step in marks:
@@ -509,7 +508,7 @@ def main():
         angle = np.linspace(0, np.pi / 2, 12, dtype=np.float32)[:, None]  # on the arc each z is as likely as its ends
         walks = np.concatenate([np.cos(angle) * a + np.sin(angle) * b for a, b in latents[12:16].reshape(2, 2, -1)])
         parts = {f"the same twelve z, step {step}": floats(row) for step, row in rows.items()}
-        parts |= {"other z": pictures(latents[20:56]), "walks between two z": pictures(walks)}
+        parts |= {"other z": pictures(latents[20:44]), "walks between two z": pictures(walks)}
         draw_rows(parts | {"real pictures": floats(test[:12])}).save(args.out / "sample.png", optimize=True)
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
     result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1)}

@@ -135,8 +135,8 @@ FOLDERS = {
     ),
     "gan": Folder(
         configs=[
-            dict(image=[8, 8, 1], latent=5, hidden=[8, 12], dense=10, smoothing=0.1),
-            dict(image=[4, 6, 3], latent=5, hidden=[16], dense=12, loss="wgan-gp", penalty=2.0, d_steps=2),
+            dict(image=[8, 8, 1], latent=5, hidden=[8, 12], smoothing=0.1),
+            dict(image=[4, 6, 3], latent=5, hidden=[16], loss="wgan-gp", penalty=2.0, d_steps=2),
             dict(image=[4, 6, 1], latent=5, hidden=[24, 16], model="gan", d_lr=2.0, d_steps=2, ema=0.5),
             dict(image=[8, 4, 3], latent=5, hidden=[12, 16], model="gan", loss="minimax"),
         ],
