@@ -261,7 +261,10 @@ def load_data(args):
         train, test = (pixels((make_digits(n, args.seed + i)[0] - 40.0) / 105) for i, n in enumerate(drawn))
     else:
         train, _, test, _ = read_folder(args.data, args.size)
-    return (train, test) if train.ndim == 4 else (train[..., None], test[..., None])
+    if train.ndim == 3:
+        edge = (args.size - 28) // 2  # a black frame: 32 pixels can be halved three times
+        train, test = (np.pad(x, ((0, 0), (edge, edge), (edge, edge)))[..., None] for x in (train, test))
+    return train, test
 
 
 def floats(images):
@@ -409,7 +412,7 @@ def main():
     parser.add_argument("--task", choices=TASKS, default="pictures")
     parser.add_argument("--data", default="digits", help="digits, flowers, mnist, fashion, cifar10 or a folder")
     parser.add_argument("--count", type=int, default=10000, help="digits or flowers to draw, and a fifth to hold out")
-    parser.add_argument("--size", type=int, default=32, help="height and width of flowers and of a folder's pictures")
+    parser.add_argument("--size", type=int, help="height and width: 28 or more of digits, mnist and fashion")
     parser.add_argument("--model", choices=["gan", "dcgan"], help="linear layers, or convolutions")
     parser.add_argument("--hidden", type=int, nargs="+", help="widths of D's layers (default: 16 64 ...; gan: 256 256)")
     parser.add_argument("--latent", type=int, help="numbers that stand for a picture")
@@ -436,8 +439,10 @@ def main():
         fail("--batch-size, --latent, --d-steps and --hidden must be 1 or more")
     if not (0 <= args.smoothing < 1 and 0 <= args.ema < 1 and 0 <= args.penalty < math.inf):
         fail("--smoothing and --ema must be from 0 to less than 1, --penalty 0 or more")
-    if args.size < 8 or args.count < 100:
-        fail("--size must be 8 or more, --count 100 or more")
+    least = 28 if args.data in ("digits", "mnist", "fashion") else 8
+    args.size = args.size if args.size is not None else 28 if least == 28 else 32
+    if args.size < least or args.size % 2 or args.count < 100:
+        fail(f"--size must be even and {least} or more, --count 100 or more")
     if toy and (args.model == "dcgan" or args.loss == "wgan-gp"):
         fail("--task toy compares D with p / (p + q): it goes with --model gan, and not with --loss wgan-gp")
     args.log_every = max(1, args.steps // 20)
@@ -449,7 +454,7 @@ def main():
     if not toy and args.batch_size > len(train):
         fail(f"--batch-size {args.batch_size} is more than the {len(train)} pictures: make it smaller")
     if not args.hidden:
-        widths = [16, 64, 128, 256][: max(1, round(math.log2(image[0] / 6)))]  # 28 pixels to 7, 32 or 64 to 4
+        widths = [16, 64, 128, 256][: max(1, math.ceil(math.log2(image[0] / 7)))]  # 28 pixels to 7, 32 or 64 to 4
         args.hidden = widths if args.model == "dcgan" else [64, 64] if toy else [256, 256]
     net = load_twin(args)
     names = "latent hidden model loss smoothing penalty d_lr d_steps ema".split()
