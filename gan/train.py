@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 TASKS = {
     "pictures": dict(model="dcgan", latent=64, steps=3000, batch_size=32, lr=1e-3, d_lr=0.5, smoothing=0.1, ema=0.995),
-    "toy": dict(model="gan", latent=4, steps=1500, batch_size=256, lr=1e-3, d_lr=3.0, smoothing=0.0, ema=0.0),
+    "toy": dict(model="gan", latent=4, steps=1500, batch_size=256, lr=5e-4, d_lr=3.0, smoothing=0.0, ema=0.0),
 }
 
 # ---- helpers that every folder has, the same to the letter -----------------------------------------------------------

@@ -153,7 +153,7 @@ def test_critic():
     ours, _ = net.discriminator_loss(model, x, fake, u)
     ours.backward()
     assert float(ours.detach()) == pytest.approx(float(expected), rel=1e-6)
-    assert float(p.grad[0, 2, 1, 3]) == pytest.approx(float(slope), rel=1e-4) and abs(slope) > 0.01
+    assert float(p.grad[0, 2, 1, 3]) == pytest.approx(float(slope), rel=1e-4) and abs(slope) > 0.003
 
 
 # ---- two rates, two optimizers, the average --------------------------------------------------------------------------
@@ -249,9 +249,10 @@ def test_toy(tmp_path):
     """A short game: q comes near p, and D stays near p / (p + q)."""
     folder = copy_alone("gan", tmp_path / "gan")
     first = result(folder, "mlx", "--task", "toy", "--steps", "0")
-    last = result(folder, "mlx", "--task", "toy", "--steps", "150", "--batch-size", "128", "--out", "on")
+    last = result(folder, "mlx", "--task", "toy", "--steps", "150", "--out", "on")
     assert first["bound"] > -1.15 and last["bound"] < -1.2
-    assert last["off"] < 0.12 and last["bound"] - 0.15 < last["value"] < last["bound"]
+    assert first["off"] > 0.2 and last["off"] < 0.1
+    assert first["value"] < first["bound"] - 0.2 and last["bound"] - 0.08 < last["value"] < last["bound"]
     with Image.open(folder / "on/sample.png") as image:
         assert image.size == (800, 720) and np.asarray(image.convert("L")).std() > 8
 
