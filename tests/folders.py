@@ -146,8 +146,8 @@ FOLDERS = {
         outputs=lambda trainer, x, z, u: trainer.generate(z[0]),
         lr=0.01,
         overfit=(19, 0.8),
-        smoke=["--steps", "50", "--hidden", "8", "16", "--count", "300"],
-        learned=("frechet", "<", 300.0),
+        smoke="--steps 200 --model gan --hidden 64 --count 300 --ema 0.9 --lr 2e-3".split(),
+        learned=("frechet", "<", 450.0),
         files=["ckpt.npz", "sample.png"],
     ),
 }
