@@ -85,6 +85,17 @@ def sequences(config, rng):
     return ids[:, :-1], ids[:, 1:], keep, *beside
 
 
+def game(config, rng):
+    x = rng.random((config.d_steps, 16, *config.image), np.float32) * 2 - 1
+    z = rng.standard_normal((config.d_steps + 1, 16, config.latent), np.float32)
+    return x, z, rng.random((config.d_steps, 16), np.float32)
+
+
+def both_losses(net, model, x, z, u):
+    fake = model.generator(z[0])  # twice G's, lest minimax cancel what G is to D
+    return net.discriminator_loss(model, x[0], fake, u[0])[0] + 2 * net.generator_loss(model, z[-1])[0]
+
+
 FOLDERS = {
     "mlp": Folder(
         configs=[
@@ -187,6 +198,23 @@ FOLDERS = {
         smoke=["--steps", "60", "--n-hidden", "96", "--length", "32", "--tokens", "100"],
         learned=("val_loss", "<", 2.6),
         files=["ckpt.npz", "sample.txt"],
+    ),
+    "gan": Folder(
+        configs=[
+            dict(image=[8, 8, 1], latent=5, hidden=[8, 12], smoothing=0.1),
+            dict(image=[4, 6, 3], latent=5, hidden=[16], loss="wgan-gp", penalty=2.0, d_steps=2),
+            dict(image=[4, 6, 1], latent=5, hidden=[24, 16], model="gan", d_lr=2.0, d_steps=2, ema=0.5),
+            dict(image=[8, 4, 3], latent=5, hidden=[12, 16], model="gan", loss="minimax"),
+        ],
+        curve=[15, 20, 15, 30],  # two players make small differences large
+        batch=game,
+        loss=both_losses,
+        outputs=lambda trainer, x, z, u: trainer.generate(z[0]),
+        lr=0.01,
+        overfit=(19, 0.8),
+        smoke="--steps 200 --model gan --hidden 64 --count 300 --ema 0.9 --lr 2e-3".split(),
+        learned=("frechet", "<", 450.0),
+        files=["ckpt.npz", "sample.png"],
     ),
 }
 CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]

@@ -19,6 +19,7 @@ SHORT = {  # a run of a second
     "transformer": ["--steps", "4", "--task", "classify", "--width", "16", "--n-layer", "1", "--batch-size", "8"],
     "rnn": ["--steps", "4", "--n-hidden", "16", "--length", "8", "--tokens", "5"],
     "autoencoder": ["--steps", "10", "--hidden", "8", "--count", "200"],
+    "gan": ["--steps", "10", "--model", "gan", "--hidden", "8", "--count", "200"],
 }
 FLAGS = [  # arguments that every folder refuses, and a word of the reason
     (["--steps", "-1"], "--steps"),
@@ -96,6 +97,7 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--warmup", "-1"], "--warmup"),
         (["--beam", "0"], "--beam"),
         (["--merges", "-1"], "--merges"),
+    ],
     "rnn": [
         (["--data", "missing.txt"], "missing.txt"),
         (["--data", "latin1.txt"], "UTF-8"),
@@ -131,6 +133,22 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--resume", "--task", "denoise"], "another task"),
         (["--data", "mnist"], "train-images"),
         (["--data", "cifar10"], "cifar-10-binary.tar.gz"),
+    ],
+    "gan": [
+        (["--data", "missing"], "a folder of 20"),
+        (["--data", "broken"], "is no picture"),
+        (["--hidden", "0"], "--hidden"),
+        (["--model", "dcgan", "--hidden", "8", "8", "8"], "28 x 28"),
+        (["--d-steps", "0"], "--d-steps"),
+        (["--d-lr", "nan"], "--d-lr"),
+        (["--smoothing", "1"], "--smoothing"),
+        (["--ema", "1"], "--ema"),
+        (["--penalty", "-1"], "--penalty"),
+        (["--size", "2"], "--size"),
+        (["--batch-size", "100000"], "more than the"),
+        (["--task", "toy", "--loss", "wgan-gp"], "--task toy"),
+        (["--resume", "--task", "toy"], "another task"),
+        (["--data", "mnist"], "train-images"),
     ],
 }
 FILES = {
