@@ -258,13 +258,23 @@ def load_data(args):
         (train, _), (test, _) = (make_flowers(n, args.size, args.seed + i) for i, n in enumerate(drawn))
     elif args.data == "digits":
         # without their grain: each pixel's own noise is beyond a G that draws from few numbers, and D would see no more
-        train, test = (pixels((make_digits(n, args.seed + i)[0] - 40.0) / 105) for i, n in enumerate(drawn))
+        train, test = (centred(pixels((make_digits(n, args.seed + i)[0] - 40.0) / 105)) for i, n in enumerate(drawn))
     else:
         train, _, test, _ = read_folder(args.data, args.size)
     if train.ndim == 3:
         edge = (args.size - 28) // 2  # a black frame: 32 pixels can be halved three times
         train, test = (np.pad(x, ((0, 0), (edge, edge), (edge, edge)))[..., None] for x in (train, test))
     return train, test
+
+
+def centred(images):
+    """Each image (N, H, W) moved so that its centre of mass is in the middle, as it is in MNIST."""
+    H, W = images.shape[1:]
+    mass = images / images.sum((1, 2), keepdims=True)
+    down = np.rint((mass.sum(2) * np.arange(H)).sum(1) - (H - 1) / 2).astype(int)
+    right = np.rint((mass.sum(1) * np.arange(W)).sum(1) - (W - 1) / 2).astype(int)
+    rows, columns = (np.arange(H) + down[:, None]) % H, (np.arange(W) + right[:, None]) % W
+    return images[np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None]]
 
 
 def floats(images):
@@ -347,19 +357,19 @@ def draw_rows(parts, columns=12):
     """Pictures in rows under captions: {caption: pictures (N, H, W, C)}."""
     scale = max(1, round(60 / next(iter(parts.values())).shape[1]))
     sheets = [tile(x.repeat(scale, 1).repeat(scale, 2), columns, gap=2) for x in parts.values()]
-    heights = [28 + len(sheet) for sheet in sheets]
-    image = Image.new("RGB", (sheets[0].shape[1] + 10, sum(heights) + 6), (PAPER,) * 3)
-    for i, (caption, sheet) in enumerate(zip(parts, sheets)):
-        y, font = sum(heights[:i]), ImageFont.load_default(15)
-        ImageDraw.Draw(image).text((6, y + 14), caption, (60, 60, 60), font, anchor="lm")
+    image = Image.new("RGB", (sheets[0].shape[1] + 10, sum(len(sheet) + 28 for sheet in sheets) + 6), (PAPER,) * 3)
+    draw, font, y = ImageDraw.Draw(image), ImageFont.load_default(15), 0
+    for caption, sheet in zip(parts, sheets):
+        draw.text((6, y + 14), caption, (60, 60, 60), font, anchor="lm")
         image.paste(Image.fromarray(sheet.squeeze()), (6, y + 28))
+        y += len(sheet) + 28
     return image.convert("L") if sheet.shape[2] == 1 else image
 
 
 INK = {"p": (31, 119, 180), "q": (255, 127, 14), "D": (20, 20, 20), "D*": (150, 150, 150)}
 
 
-def plot(draw, box, lines, span, caption):
+def draw_lines(draw, box, lines, span, caption):
     """Lines {name: (x, y, colour)} in box = x0, y0, x1, y1 of the picture, over span = left, low, right, high."""
     x0, y0, x1, y1 = box
     left, low, right, high = span
@@ -383,12 +393,12 @@ def draw_game(looks):
         lines = {"p": (GRID, P / P.max() * 0.6, INK["p"]), "q": (GRID, q / P.max() * 0.6, INK["q"])}
         seen = P + q > 1e-3  # beyond, the few samples say little of q
         lines |= {"p / (p + q)": (GRID[seen], P[seen] / (P + q)[seen], INK["D*"]), "D": (GRID, d, INK["D"])}
-        plot(draw, (x, y, x + 750, y + 370), lines, (-1, 0, 1, 1), f"step {step}")
+        draw_lines(draw, (x, y, x + 750, y + 370), lines, (-1, 0, 1, 1), f"step {step}")
     figures = [theory(*look) for look in looks.values()]
     lines = {"-log 4 + 2 JSD(p, q)": (steps, [f["bound"] for f in figures], INK["D*"])}
     lines |= {"V": (steps, [f["value"] for f in figures], INK["D"])}
     span = (0, -1.5, max(steps[-1], 1), -0.9)
-    plot(draw, (30, 960, 1570, 1410), lines, span, "the value of the game, from -1.5 to -0.9")
+    draw_lines(draw, (30, 960, 1570, 1410), lines, span, "the value of the game, from -1.5 to -0.9")
     return image.reduce(2)
 
 
