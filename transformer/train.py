@@ -34,13 +34,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 PAD, BOS, EOS = 0, 1, 2
 SETS = {  # how each set of data is learnt by default; the others as a file of pairs
-    "numbers": dict(steps=450, batch_size=64, lr=0.01, length=40, n_layer=3, width=128, beam=1),
+    "numbers": dict(steps=580, batch_size=64, lr=0.01, length=40, n_layer=2, width=128, beam=1),
     "multi30k": dict(steps=3000, batch_size=64, lr=0.005, length=64, n_layer=3, width=256, smoothing=0.1),
     "digits": dict(steps=400, batch_size=64, lr=0.01, length=1, n_layer=4, width=64, shift=2, flip=False),
     "mnist": dict(steps=2000, batch_size=64, lr=0.01, length=1, n_layer=4, width=64, shift=2, flip=False),
     "fashion": dict(steps=2000, batch_size=64, lr=0.01, length=1, n_layer=4, width=64, shift=2, flip=True),
     "cifar10": dict(steps=2000, batch_size=64, lr=0.01, length=1, n_layer=6, width=128, shift=2, flip=True),
-    "shapes": dict(steps=800, batch_size=64, lr=0.005, length=16, n_layer=3, width=96),
+    "shapes": dict(steps=600, batch_size=64, lr=0.005, length=16, n_layer=3, width=96),
 }
 COMMON = dict(smoothing=0.0, dropout=0.0, patch=4, warmup=0, beam=4)
 TASKS = {"translate": "numbers", "classify": "digits", "clip": "shapes"}
