@@ -271,18 +271,12 @@ def run(folder, backend, *args):
     return process.returncode, out, err
 
 
-_smoke = {}
-
-
 def smoke(name, backend):
-    """The short run of a folder, copied alone, once a session: its result line, with `out` and `wall` added."""
-    if (name, backend) not in _smoke:
-        place = tempfile.mkdtemp(prefix=f"{name}_{backend}_")
-        folder, began = copy_alone(name, Path(place) / name), time.perf_counter()
-        code, out, err = run(folder, backend, *FOLDERS[name].smoke)
-        assert code == 0, f"exit code {code}: {err}"
-        last = out.splitlines()[-1]
-        assert last.startswith("result "), f"the last line is no result: {last}"
-        result = json.loads(last.removeprefix("result "))
-        _smoke[name, backend] = {**result, "out": folder / "out", "wall": time.perf_counter() - began}
-    return _smoke[name, backend]
+    """The short run of a folder, copied alone: its result line, with `out` and `wall` added."""
+    folder = copy_alone(name, Path(tempfile.mkdtemp(prefix=f"{name}_{backend}_")) / name)
+    began = time.perf_counter()
+    code, out, err = run(folder, backend, *FOLDERS[name].smoke)
+    assert code == 0, f"exit code {code}: {err}"
+    last = out.splitlines()[-1]
+    assert last.startswith("result "), f"the last line is no result: {last}"
+    return {**json.loads(last.removeprefix("result ")), "out": folder / "out", "wall": time.perf_counter() - began}

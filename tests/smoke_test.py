@@ -29,12 +29,13 @@ def check(name, backend):
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize("backend", BACKENDS)
     metafunc.parametrize("name", FOLDERS)
 
 
-def test_smoke(name, backend):
-    check(name, backend)
+def test_smoke(name):
+    """The short runs of both frameworks are as promised, and end at the same figure."""
+    a, b = (check(name, backend)[FOLDERS[name].learned[0]] for backend in BACKENDS)
+    assert abs(a - b) < 0.01 * abs(b), f"{a} with torch, {b} with MLX"
 
 
 def main():

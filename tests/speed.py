@@ -1,0 +1,98 @@
+"""How fast do the default runs train here?  python tests/speed.py [FOLDER ...]
+
+Prints a row a folder: tokens or samples a second in the training step, in both frameworks; in brackets its operations
+a second as a share of those in products of 1024x1024 matrices by the same framework.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from folders import BACKENDS, FOLDERS, ROOT, environment
+
+WARM, TIMED = 5, 20  # steps
+TOKENS = {"rnn", "gpt", "llama"}  # the others learn samples: pictures, points, pairs of sentences
+
+
+def median(function, n):
+    """The median time of n calls, in seconds."""
+    times = []
+    for _ in range(n):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def measure(name, backend, out):
+    """The default run of a folder until its first steps are timed: {seconds, samples, flop, peak} as JSON on stdout."""
+    sys.path.insert(0, str(ROOT / name))
+    net = importlib.import_module(f"model_{backend}")
+
+    def timed(trainer, *arrays, **more):
+        def once():  # a figure of the step waits until it is computed
+            return [float(value) for value in step(trainer, *arrays, **more).values()]
+
+        median(once, WARM)
+        size = arrays[-1].size if name == "gan" else arrays[0].size if name in TOKENS else len(arrays[0])
+        figures = {"seconds": median(once, TIMED), "samples": size, "peak": peak(backend)}
+        if backend == "torch":
+            figures["flop"] = operations(once)
+        print(json.dumps(figures), file=sys.__stdout__, flush=True)
+        raise SystemExit(0)
+
+    step, net.Trainer.step = net.Trainer.step, timed
+    sys.argv = ["train.py", "--backend", backend, "--device", "cpu", "--out", out]
+    with contextlib.redirect_stdout(io.StringIO()):
+        runpy.run_path(str(ROOT / name / "train.py"), run_name="__main__")
+
+
+def operations(function):
+    """The floating-point operations of a call, attention by its plain form, which the counter knows."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def peak(backend, n=1024):
+    """Floating-point operations a second in products of two n x n matrices."""
+    if backend == "torch":
+        import torch
+
+        a = torch.ones(n, n)
+        return 2 * n**3 / median(lambda: a @ a, 20)
+    import mlx.core as mx
+
+    a = mx.ones((n, n))
+    return 2 * n**3 / median(lambda: mx.eval(a @ a), 20)
+
+
+def main():
+    print(f"{'':12} {'':10} {'torch':>18} {'MLX':>18}")
+    for name in sys.argv[1:] or FOLDERS:
+        row, flop = "", None
+        for backend in BACKENDS:
+            with tempfile.TemporaryDirectory() as out:
+                command = [sys.executable, __file__, "--measure", name, backend, out]
+                run = subprocess.run(command, env=environment(backend), capture_output=True, text=True)
+            if run.returncode:
+                sys.exit(f"{name} in {backend}: {run.stderr}")
+            figures = json.loads(run.stdout)
+            flop = figures.get("flop", flop)  # the twins do the same sums
+            share = flop / figures["seconds"] / figures["peak"]
+            row += f" {figures['samples'] / figures['seconds']:>10,.0f} ({share:4.0%})"
+        print(f"{name:12} {'tokens/s' if name in TOKENS else 'samples/s':10}{row}", flush=True)
+
+
+if __name__ == "__main__":
+    measure(*sys.argv[2:]) if sys.argv[1:2] == ["--measure"] else main()
