@@ -96,6 +96,7 @@ def both_losses(net, model, x, z, u):
     return net.discriminator_loss(model, x[0], fake, u[0])[0] + 2 * net.generator_loss(model, z[-1])[0]
 
 
+SMALL_LLAMA = dict(block_size=16, vocab_size=31, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)
 FOLDERS = {
     "mlp": Folder(
         configs=[
@@ -215,6 +216,22 @@ FOLDERS = {
         smoke="--steps 200 --model gan --hidden 64 --count 300 --ema 0.9 --lr 2e-3".split(),
         learned=("frechet", "<", 450.0),
         files=["ckpt.npz", "sample.png"],
+    ),
+    "llama": Folder(
+        configs=[
+            dict(SMALL_LLAMA, optimizer="adamw"),
+            dict(SMALL_LLAMA, n_kv_head=1, tied=False, rope="llama3", rope_factor=4.0, rope_context=8, accumulate=3),
+            dict(SMALL_LLAMA, n_kv_head=4, window=6, sinks=2, rope="linear", rope_factor=2.0, optimizer="adamw"),
+        ],
+        curve=[100, 20, 100],  # Muon again
+        batch=tokens,
+        loss=lambda net, model, x, y: net.loss_fn(model(x), y),
+        outputs=lambda trainer, x, y: np.stack(list(trainer.generate(x[:, :5], 20, temperature=0))),
+        lr=0.01,
+        overfit=(60, 0.3),
+        smoke=["--steps", "80", "--block-size", "32", "--n-layer", "2", "--n-embd", "64", "--tokens", "100"],
+        learned=("val_loss", "<", 2.75),
+        files=["ckpt.npz", "sample.txt"],
     ),
 }
 CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import json
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ SHORT = {  # a run of a second
     "rnn": ["--steps", "4", "--n-hidden", "16", "--length", "8", "--tokens", "5"],
     "autoencoder": ["--steps", "10", "--hidden", "8", "--count", "200"],
     "gan": ["--steps", "10", "--model", "gan", "--hidden", "8", "--count", "200"],
+    "llama": ["--steps", "4", "--block-size", "16", "--n-layer", "1", "--n-embd", "32", "--tokens", "5"],
 }
 FLAGS = [  # arguments that every folder refuses, and a word of the reason
     (["--steps", "-1"], "--steps"),
@@ -150,7 +152,33 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--resume", "--task", "toy"], "another task"),
         (["--data", "mnist"], "train-images"),
     ],
+    "llama": [
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--data", "latin1.txt"], "UTF-8"),
+        (["--data", "short.txt"], "too few"),
+        (["--prompt", "\u4e2d"], "alphabet"),
+        (["--prompt", ""], "--prompt"),
+        (["--n-embd", "30"], "--n-embd"),
+        (["--n-kv-head", "3"], "--n-kv-head"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--top-k", "0"], "--top-k"),
+        (["--sinks", "16"], "--sinks"),
+        (["--factor", "0"], "--factor"),
+        (["--accumulate", "9"], "--accumulate"),
+        (["--lora", "2"], "--init"),
+        (["--chat"], "--init"),
+        (["--init", "missing"], "missing"),
+        (["--init", "mistral"], "mistral"),
+        (["--init", "yarn"], "type yarn"),
+        (["--init", "hollow"], "safetensors"),
+        (["--init", "damaged"], "damaged"),
+        (["--tokenizer", "missing"], "tokenizer.json"),
+        (["--tokenizer", "pieces"], "SentencePiece"),
+        (["--data", "dialogues.jsonl"], "--init"),
+    ],
 }
+LLAMA = dict(model_type="llama", hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=64,
+             max_position_embeddings=64, vocab_size=101, rms_norm_eps=1e-5)  # fmt: skip
 FILES = {
     "empty": b"",
     "binary": bytes(range(128)) * 40,
@@ -162,6 +190,12 @@ FILES = {
     "words.csv": b"a,b\nx,y\n" * 100,
     **{f"voices/{name}_0.wav": b"RIFF\0\0\0\0WAVE and then nothing" for name in ("0_ann", "1_bob")},
     "few/one.png": b"",
+    "mistral/config.json": json.dumps({**LLAMA, "model_type": "mistral"}).encode(),
+    "yarn/config.json": json.dumps({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 4.0}}).encode(),
+    **{f"{name}/config.json": json.dumps(LLAMA).encode() for name in ("hollow", "damaged")},
+    "damaged/model.safetensors": b"\xff" * 100,
+    "pieces/tokenizer.model": b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0c",
+    "dialogues.jsonl": b'{"messages": [{"role": "user", "content": "hi"}]}\n' * 3,
     **{f"broken/{i}.png": b"\x89PNG\r\n\x1a\n and then nothing" for i in range(20)},
     "data/cifar-10-binary.tar.gz": gzip.compress(b"no archive" * 100),
     "data/mnist/train-images-idx3-ubyte.gz": gzip.compress(b"\0\0\x08\x03" + b"\0" * 5000)[:60],

@@ -1,0 +1,485 @@
+"""Llama 2 and 3 in PyTorch: GPT-2's decoder with better parts; real weights, LoRA, 8 and 4 bits, text without end.
+
+    idx (B, T) -> token -> n_layer times [x + attention(norm(x)), x + mlp(norm(x))] -> norm -> logits
+
+What differs from GPT-2:
+    RMSNorm   y = w x / sqrt(mean(x^2) + eps)                  the mean stays, and there is no bias here or elsewhere
+    RoPE      q and k at position t are turned, each pair (x_i, x_{i + d/2}) by the angle t f_i, f_i = theta^(-2i/d):
+              then q_t . k_s depends on t - s alone, and no positions are learned        d = head_size
+    GQA       each of n_kv_head keys and values serves n_head / n_kv_head queries: the cache is that much smaller
+    SwiGLU    mlp(x) = W_down (silu(W_gate x) * W_up x)        three matrices where GPT-2 has two
+    the head may be a matrix of its own, not the embedding's
+
+LoRA trains y = W x + 2 B A x, A (rank, n_in) and B (n_out, rank), and leaves W as it is.
+
+Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models"; Su et al. 2021 (RoPE); Ainslie et
+al. 2023 (GQA); Shazeer 2020 (SwiGLU); Hu et al. 2021 (LoRA); Xiao et al. 2023 (attention sinks). Names as in the released
+weights, but q, k and v are one matrix, and so are gate and up: one product in place of several.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    block_size: int = 8192  # the context: the most positions that a token may look back on
+    vocab_size: int = 49152
+    n_layer: int = 30
+    n_head: int = 9
+    n_kv_head: int = 3
+    n_embd: int = 576
+    n_hidden: int = 1536  # width inside the MLP
+    tied: bool = True  # the head is the embedding
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope: str = "default"  # default, linear or llama3: how the angles are slowed down for texts longer than trained on
+    rope_factor: float = 1.0
+    rope_low: float = 1.0  # llama3: slowed are the pairs that turn less often than this in rope_context positions,
+    rope_high: float = 4.0  # those that turn more often than this are not, and between the two it is mixed
+    rope_context: int = 8192
+    window: int = 0  # a position sees itself and the window - 1 before it; 0: all
+    sinks: int = 4  # beside them the first few, on which attention rests that has no place to go
+    lora_rank: int = 0  # 0: train all weights
+    lora_targets: tuple = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    optimizer: str = "muon"  # muon or adamw
+    weight_decay: float = 0.1
+    accumulate: int = 1  # the parts that a batch goes through the model in
+
+    def __post_init__(self):
+        self.head_size = self.n_embd // self.n_head
+        self.reach = self.window + self.sinks if self.window else self.block_size  # what a cache has to hold
+
+
+LLAMA = {
+    "tiny": dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=128, n_hidden=384),  # 0.8 million parameters
+    "135M": dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536),  # SmolLM2's
+    "1B": dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_hidden=8192, rope_theta=5e5),  # Llama 3.2's
+    "7B": dict(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, n_hidden=11008, tied=False),  # Llama 2's
+    "8B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_hidden=14336, tied=False, rope_theta=5e5),  # Llama 3's
+}
+
+
+def rope_frequencies(config):
+    """The angle in radians by which a pair turns from one position to the next, (head_size / 2,) float32."""
+    f = config.rope_theta ** (-np.arange(0, config.head_size, 2) / config.head_size)
+    if config.rope == "linear":  # as if the positions stood closer together
+        f = f / config.rope_factor
+    if config.rope == "llama3":  # turns in the context trained on: many stay, few are slowed, between them it is mixed
+        turns = config.rope_context * f / (2 * np.pi)
+        stay = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clip(0, 1)
+        f = stay * f + (1 - stay) * f / config.rope_factor
+    return f.astype(np.float32)
+
+
+def rope(positions, frequencies):
+    """The cosines and sines of rotate for the positions (T,): (2, T, head_size)."""
+    angles = positions[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+
+
+def rotate(x, turn):
+    """Turn each pair of x (..., T, head_size): (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 being its two halves."""
+    return x * turn[0] + x.roll(x.shape[-1] // 2, -1) * turn[1]
+
+
+class KVCache:
+    """Keys and values of the positions read so far: arrays made once and written in place.
+
+    Once full it rolls: the first config.sinks stay, and each new one takes the place of the oldest of the others. The
+    sinks turn with it, so that they stand right before the others, however far these have gone (StreamingLLM).
+    """
+
+    def __init__(self, model, batch_size, n):
+        config, like = model.config, model._frequencies
+        self.sinks, self.size, self.length = config.sinks, min(n, config.reach), 0
+        shape = (batch_size, config.n_kv_head, self.size, config.head_size)
+        self.k = [like.new_zeros(shape) for _ in range(config.n_layer)]
+        self.v = [like.new_zeros(shape) for _ in range(config.n_layer)]
+        self.one = rope(like.new_ones(1), like)  # a turn by one position
+
+    def append(self, layer, k, v):
+        """Write k and v (B, n_kv_head, T, head_size); returns all that is held. What rolls comes one at a time: T = 1."""
+        k_all, v_all, at = self.k[layer], self.v[layer], self.length
+        if at >= self.size:
+            at = self.sinks + (at - self.sinks) % (self.size - self.sinks)
+            k_all[:, :, : self.sinks] = rotate(k_all[:, :, : self.sinks], self.one)
+        k_all[:, :, at : at + k.shape[2]] = k
+        v_all[:, :, at : at + k.shape[2]] = v
+        held = self.length + k.shape[2]
+        return k_all[:, :, :held], v_all[:, :, :held]
+
+
+class Linear(nn.Module):
+    """y = W x, and with a rank y = W x + 2 B (A x)."""
+
+    def __init__(self, n_in, n_out, rank=0):
+        super().__init__()
+        self.weight, self.rank = nn.Parameter(torch.zeros(n_out, n_in)), rank
+        if rank:
+            self.lora_a, self.lora_b = nn.Parameter(torch.zeros(rank, n_in)), nn.Parameter(torch.zeros(n_out, rank))
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y + 2 * (x @ self.lora_a.T @ self.lora_b.T) if self.rank else y
+
+    def rows(self, idx):
+        return F.embedding(idx, self.weight)
+
+
+class Quantized(nn.Module):
+    """A matrix in 8 or 4 bits a weight: w = q scale with a scale a row, or w = q scale + low in groups of 32 of a row.
+
+    torch has products for the CPU that take q as it is and x in bfloat16; MLX has groups in 8 bits too, and takes x in
+    float32.
+    """
+
+    def __init__(self, weight, bits):
+        super().__init__()
+        self.bits = bits
+        if bits == 8:
+            scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
+            q, scale = (weight / scale).round().char(), scale[:, 0]
+        else:
+            groups = weight.unflatten(1, (-1, 32))  # (n_out, n_in / 32, 32)
+            low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+            scale = (high - low).clamp(min=1e-8) / 15
+            q = ((groups - low) / scale).round().int().reshape(weight.shape)
+            q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)  # two in a byte
+            scale = torch.cat([scale, low + 8 * scale], 2).swapaxes(0, 1)  # this product has w = (q - 8) scale + zero
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale.bfloat16().contiguous())
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1]).bfloat16()
+        if self.bits == 8:
+            y = torch._weight_int8pack_mm(flat, self.q, self.scale)
+        else:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.q, 32, self.scale)
+        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def rows(self, idx):
+        return self.q[idx].float() * self.scale[idx][..., None].float()
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C, size, rank = config.n_embd, config.head_size, config.lora_rank
+        self.qkv_proj = Linear(C, (config.n_head + 2 * config.n_kv_head) * size, rank * ("qkv_proj" in config.lora_targets))
+        self.o_proj = Linear(config.n_head * size, C, rank * ("o_proj" in config.lora_targets))
+
+    def forward(self, x, turn, layer, cache):
+        B, T, _ = x.shape
+        n, n_kv = self.config.n_head, self.config.n_kv_head
+        qkv = self.qkv_proj(x).reshape(B, T, n + 2 * n_kv, -1).swapaxes(1, 2)  # (B, n + 2 n_kv, T, head_size)
+        qk, v = rotate(qkv[:, : n + n_kv], turn), qkv[:, n + n_kv :]
+        q, k = qk[:, :n], qk[:, n:]
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = self.attend(q, k, v)  # (B, n, T, head_size)
+        return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
+
+    def attend(self, q, k, v):
+        """Head h of q (B, n_head, T, head_size) looks on head h // (n_head / n_kv_head) of k and v (B, n_kv_head, S, ...)."""
+        T, S = q.shape[2], k.shape[2]
+        mask = None  # a single query sees all that is held
+        if T > 1 and (T < S or T > self.config.reach):
+            t, s = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
+            mask = (s <= t) & ((s > t - (self.config.window or S)) | (s < self.config.sinks))
+        causal = T > 1 and mask is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, H, rank = config.n_embd, config.n_hidden, config.lora_rank
+        self.gate_up_proj = Linear(C, 2 * H, rank * ("gate_up_proj" in config.lora_targets))
+        self.down_proj = Linear(H, C, rank * ("down_proj" in config.lora_targets))
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, turn, layer, cache):
+        x = x + self.self_attn(self.input_layernorm(x), turn, layer, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Linear(config.n_embd, config.vocab_size)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        if not config.tied:
+            self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.register_buffer("_frequencies", torch.from_numpy(rope_frequencies(config)), persistent=False)
+        for name, p in self.named_parameters():
+            p.requires_grad = "lora" in name or not config.lora_rank
+
+    def forward(self, idx, cache=None):
+        """idx (B, T) -> logits (B, T, V). With a cache, idx goes on from it and only the last come: (B, 1, V)."""
+        start = cache.length if cache is not None else 0
+        turn = rope(torch.arange(start, start + idx.shape[1], device=idx.device), self._frequencies)
+        x = self.embed_tokens.rows(idx)  # (B, T, C)
+        for layer, block in enumerate(self.layers):
+            x = block(x, turn, layer, cache)
+        if cache is not None:
+            cache.length += idx.shape[1]
+            x = x[:, -1:]
+        head = self.embed_tokens if self.config.tied else self.lm_head
+        return head(self.norm(x))
+
+
+def loss_fn(logits, targets):
+    """The sum of -log p of the targets (B, T) under the logits (B, T, V), in nats; targets below 0 do not count."""
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten().clamp(min=0), reduction="none")
+    return (loss * (targets.flatten() >= 0)).sum()
+
+
+def merge(model):
+    """Add each 2 B A to its W: the same model, but from now on without LoRA."""
+    model.config.lora_rank = 0
+    for module in model.modules():
+        if isinstance(module, Linear):
+            if module.rank:
+                module.weight.data += 2 * module.lora_b.data @ module.lora_a.data
+                module.rank = 0
+                del module.lora_a, module.lora_b
+            module.weight.requires_grad = True
+
+
+def quantize(model, bits):
+    """Exchange the matrices for ones in 8 or 4 bits; the embedding and the head, which feel it most, have 8 in either."""
+    merge(model)
+    for block in model.layers:
+        for part, names in (block.self_attn, ("qkv_proj", "o_proj")), (block.mlp, ("gate_up_proj", "down_proj")):
+            for name in names:
+                setattr(part, name, Quantized(getattr(part, name).weight.data, bits))
+    for name in ("embed_tokens", "lm_head")[: 1 if model.config.tied else 2]:
+        setattr(model, name, Quantized(getattr(model, name).weight.data, 8))
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+def sample(logits, u, temperature, top_k, top_p):
+    """One token a row: logits (B, V), u (B,) from [0, 1) -> (B,), where u falls in the cumulated probabilities."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, token = torch.softmax(logits / temperature, -1).sort(dim=-1, descending=True)
+    keep = torch.arange(p.shape[-1], device=p.device) < top_k  # the top_k likeliest, and of them the
+    keep = keep & (p.cumsum(-1) - p < top_p)  # nucleus: the fewest that hold the share top_p (Holtzman et al. 2020)
+    cdf = (p * keep).cumsum(-1)
+    rank = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
+    return token.gather(-1, rank)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
+    """Go on from the prompt idx (B, T): yields one (B,) of tokens for each row of u (n, B), uniform from [0, 1).
+
+    The prompt is read in one pass as far as the cache reaches, then token by token; the cache rolls where it is full.
+    """
+    cache, top_k = KVCache(model, idx.shape[0], idx.shape[1] + len(u)), top_k or model.config.vocab_size
+    new, rest = idx[:, : cache.size], idx[:, cache.size :]
+    for t in range(rest.shape[1]):
+        model(new, cache)
+        new = rest[:, t : t + 1]
+    for u_i in u:
+        new = sample(model(new, cache)[:, -1], u_i, temperature, top_k, top_p)[:, None]
+        yield new[:, 0]
+
+
+# ---- optimizers: p parameter, g gradient, m and v running moments (zeros at first), t = 1, 2, ... --------------------
+
+
+@torch.no_grad()
+def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
+    """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
+    m.lerp_(g, 1 - beta1)  # m = beta1 m + (1 - beta1) g
+    v.lerp_(g * g, 1 - beta2)
+    v_hat = v / (1 - beta2**t)
+    p.mul_(1 - lr * weight_decay).addcdiv_(m, v_hat.sqrt() + eps, value=-lr / (1 - beta1**t))
+
+
+@torch.no_grad()
+def muon(p, g, m, lr, weight_decay, beta=0.9):
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+
+    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    """
+    m.lerp_(g, 1 - beta)
+    update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum as it will be one step on
+    p.mul_(1 - lr * weight_decay).sub_(lr * 0.2 * max(p.shape) ** 0.5 * update)
+
+
+def orthogonalize(g):
+    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+
+    A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
+    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    """
+    x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
+    x = x / (x.norm() + 1e-7)
+    xxt, eye = x @ x.T, torch.eye(x.shape[0], device=x.device)
+    q = eye
+    for _ in range(5):
+        p = 3.4445 * eye - 4.7750 * xxt + 2.0315 * xxt @ xxt
+        q, xxt = p @ q, p @ xxt @ p
+    return (q @ x).T if g.shape[0] > g.shape[1] else q @ x
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def trained(model):
+    """The parameters that training changes, {name: array}: all, or with LoRA the adapters."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def get_weights(model):
+    """Every parameter as numpy, {name: array}, a copy."""
+    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
+
+
+def set_weights(model, weights):
+    """Put {name: numpy array} in place of the model's parameters of these names."""
+    for name, p in model.named_parameters():
+        if name in weights:
+            if weights[name].shape != tuple(p.shape):
+                raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
+            p.data.copy_(torch.from_numpy(weights[name]))
+
+
+def init_weights(model, seed, given):
+    """What is `given`, and else GPT-2's: N(0, 0.02^2), what adds to the residual stream over sqrt(2 n_layer); norms 1.
+
+    LoRA's: A N(0, 1 / n_in), B 0, so that it starts from the model as it is.
+    """
+    rng, weights = np.random.default_rng(seed), get_weights(model)
+    for name, w in sorted(weights.items()):
+        if given and "lora" not in name:
+            weights[name] = given[name]
+        elif w.ndim == 2:
+            std = 0.02 / math.sqrt(2 * model.config.n_layer) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            std = w.shape[1] ** -0.5 if name.endswith("lora_a") else 0.0 if name.endswith("lora_b") else std
+            weights[name] = rng.standard_normal(w.shape, np.float32) * np.float32(std)
+        else:
+            weights[name] = np.ones_like(w)
+    set_weights(model, weights)
+
+
+def devices():
+    """The devices that can be used here, the best first."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, there in found.items() if there]
+
+
+class Trainer:
+    """A Llama and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+
+    def __init__(self, config, seed=0, device=None, weights=None):
+        self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
+        self.model = Llama(config).to(self.device)
+        init_weights(self.model, seed, weights or {})
+        self.m, self.v = {}, {}  # moments, made at the first step
+
+    def arrays(self, *ids):
+        """Numpy to the framework. Tokens are checked first: MLX would read past the end of an array without a word."""
+        if any(a.min() < -1 or a.max() >= self.config.vocab_size for a in ids):
+            raise ValueError(f"a token is outside 0 ... {self.config.vocab_size - 1}")
+        return [torch.from_numpy(a).to(self.device) for a in ids]
+
+    def step(self, x, y, lr):
+        """One update on x (B, T) int64 and y, x moved on by one, -1 where nothing is to be learned.
+
+        Returns {"loss"}, nats a token before the update.
+        """
+        self.t += 1
+        self.model.zero_grad()
+        n, loss, parts = int((y >= 0).sum()), 0.0, self.config.accumulate
+        for part in zip(np.array_split(x, parts), np.array_split(y, parts)):
+            x, y = self.arrays(*part)
+            share = loss_fn(self.model(x), y) / n
+            share.backward()  # adds to the gradients
+            loss = loss + share.detach()
+        params = trained(self.model)
+        nn.utils.clip_grad_norm_(params.values(), 1.0)
+        if not self.m:
+            self.m, self.v = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
+        for name, p in params.items():
+            decay = self.config.weight_decay if p.ndim == 2 else 0.0
+            inner = p.ndim == 2 and name.startswith("layers.") and not self.config.lora_rank  # the matrices of the blocks
+            if self.config.optimizer == "muon" and inner:
+                muon(p, p.grad, self.m[name], lr, decay)
+            else:
+                adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
+        return {"loss": loss}
+
+    @torch.no_grad()
+    def evaluate(self, x, y):
+        """{"val_loss"} in nats a token on x (B, T) and y, x moved on by one, -1 where it does not count."""
+        x, y = self.arrays(x, y)
+        return {"val_loss": loss_fn(self.model(x), y) / (y >= 0).sum()}
+
+    def generate(self, prompt, n, temperature=1.0, top_k=None, top_p=1.0, seed=0):
+        """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
+        (idx,) = self.arrays(prompt)
+        u = torch.from_numpy(np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32)).to(self.device)
+        for token in generate(self.model, idx, u, temperature, top_k, top_p):
+            yield token.cpu().numpy()
+
+    def quantize(self, bits):
+        """To matrices of 8 or 4 bits, or for 32 as it is; returns the megabytes that the weights take."""
+        if bits < 32:
+            quantize(self.model, bits)
+        return sum(w.nbytes for w in self.model.state_dict().values()) / 1e6
+
+    def merge(self):
+        """Fold LoRA's adapters into the weights. Their moments are gone with them."""
+        merge(self.model)
+        self.m, self.v, self.t = {}, {}, 0
+
+    def save(self, path, step, **extra):
+        """Weights trained, moments, step, config and what train.py wants to remember, to one .npz: all or nothing."""
+        weights = get_weights(self.model)
+        arrays = {name: weights[name] for name in trained(self.model)}
+        arrays |= {f"m.{name}": m.cpu().numpy() for name, m in self.m.items()}
+        arrays |= {f"v.{name}": v.cpu().numpy() for name, v in self.v.items()}
+        meta = {"model": "llama", "config": asdict(self.config), "step": step, **extra}
+        with open(f"{path}.part", "wb") as f:
+            np.savez(f, meta=json.dumps(meta), **arrays)
+        os.replace(f"{path}.part", path)
+
+    def load(self, path):
+        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        with np.load(path, allow_pickle=False) as f:
+            arrays, meta = dict(f), json.loads(str(f["meta"]))
+        set_weights(self.model, {name: arrays[name] for name in trained(self.model)})
+        self.t = meta["step"]
+        for moments, key in (self.m, "m"), (self.v, "v"):
+            for name in trained(self.model) if self.t else ():
+                moments[name] = torch.from_numpy(arrays[f"{key}.{name}"]).to(self.device)
+        return self.t
