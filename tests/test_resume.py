@@ -64,6 +64,25 @@ def test_wrong_shape_is_refused(name, tmp_path):
             trainer.load(path)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_death_in_the_middle_of_a_save(name, backend, tmp_path, monkeypatch):
+    """Half a file never stands in the place of a whole one."""
+
+    def die(file, **arrays):
+        file.write(b"half")
+        raise SystemExit
+
+    trainer, path = make_trainer(name, 0, backend), tmp_path / "ckpt.npz"
+    trainer.step(*batches(name, 0, 1)[0], lr=1e-3)
+    trainer.save(path, 1)
+    before = path.read_bytes()
+    monkeypatch.setattr(np, "savez", die)
+    with pytest.raises(SystemExit):
+        trainer.save(path, 2)
+    assert path.read_bytes() == before and make_trainer(name, 0, backend).load(path) == 1
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL and no SIGINT to send")
 @pytest.mark.parametrize("name, backend", SOME)
 def test_interrupted(name, backend, tmp_path):
