@@ -57,6 +57,10 @@ class KVCache:
         self.kv[layer][:, :, :, self.length : end] = kv
         return self.kv[layer][:, :, :, :end]
 
+    def reorder(self, rows):
+        """Go on from these rows (B,) of the batch: the beginnings that a beam search keeps."""
+        self.kv = [kv[:, rows] for kv in self.kv]
+
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
@@ -163,6 +167,21 @@ def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
         new = sample(model(new, cache)[:, -1], u_i, temperature, top_k, top_p)[:, None]
         idx = torch.cat([idx, new], dim=1)[:, -block_size:]
         yield new[:, 0]
+
+
+@torch.inference_mode()
+def beam_search(model, idx, n, beam):
+    """The likeliest n tokens (n,) after the prompt idx (1, T), nearly: at each length the `beam` best are kept."""
+    cache, V = KVCache(model, beam), model.config.vocab_size
+    new, tokens = idx.expand(beam, -1), idx.new_zeros(beam, 0)
+    logp = torch.tensor([0.0] + [-math.inf] * (beam - 1), device=idx.device)[:, None]  # at first, one beginning
+    for _ in range(n):
+        total = (logp + torch.log_softmax(model(new, cache)[:, -1], -1)).reshape(-1)  # (beam V,)
+        best = total.argsort(descending=True, stable=True)[:beam]
+        rows, new, logp = best // V, best[:, None] % V, total[best][:, None]
+        tokens = torch.cat([tokens[rows], new], dim=1)
+        cache.reorder(rows)
+    return tokens[0]
 
 
 # ---- optimizers: p parameter, g gradient, m and v running moments (zeros at first), t = 1, 2, ... --------------------
@@ -286,6 +305,11 @@ class Trainer:
         self.model.eval()
         for token in generate(self.model, idx, u, temperature, top_k, top_p):
             yield token.cpu().numpy()
+
+    def search(self, prompt, n, beam):
+        """The likeliest n tokens after prompt (1, T) int64 by beam search, numpy (n,); T + n <= block_size."""
+        self.model.eval()
+        return beam_search(self.model, *self.arrays(prompt), n, beam).cpu().numpy()
 
     def save(self, path, step, **extra):
         """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""

@@ -2,24 +2,28 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "mlx[cpu]==0.32.4", "numpy", "tiktoken"]
 # ///
-"""Train a GPT and let it write:  python train.py [--backend mlx] [--data tinyshakespeare] [--tokenizer gpt2] ...
+"""Train a GPT and let it write:  python train.py [--backend mlx] [--data tinyshakespeare] [--tokenizer bpe] ...
 
 --data: tinyshakespeare or your own text file; the default is the prose of Python's own manual, which every Python has.
+--init: go on from other weights, a ckpt.npz or GPT-2 as Hugging Face stores it; --export-hf writes that layout.
 Once trained, --steps 0 --resume --prompt "The class" only writes.
 """
 
 import argparse
 import codecs
 import hashlib
+import heapq
 import importlib
 import json
 import math
 import os
 import platform
 import pydoc_data.topics
+import re
 import signal
 import sys
 import time
+from collections import Counter, defaultdict
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
@@ -167,14 +171,61 @@ class Characters:
         return self.alphabet[token].encode()
 
 
-class GPT2Tokens:
-    """The 50,257 byte-pair tokens of GPT-2."""
+WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # what byte pairs are merged within
 
-    def __init__(self):
+
+def learn_bpe(text, n):
+    """Byte-pair encoding (Sennrich et al. 2016): n times the commonest pair of neighbours is made one token.
+
+    Returns {token: rank}, bytes and int, the 256 single bytes first: what tiktoken encodes by.
+    """
+    counts = Counter(re.findall(WORDS, text))
+    words = [[bytes([b]) for b in word.encode()] for word in counts]
+    counts, ranks = list(counts.values()), {bytes([b]): b for b in range(256)}
+    pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    while len(ranks) < 256 + n and heap:
+        count, pair = heapq.heappop(heap)
+        if -count != pairs[pair]:  # it has become rarer since it was put there: back to its place
+            if pairs[pair]:
+                heapq.heappush(heap, (-pairs[pair], pair))
+            continue
+        (a, b), new = pair, set()
+        ranks.setdefault(a + b, len(ranks))
+        for i in where[pair]:
+            merged = []
+            for token in words[i]:
+                if token == b and merged and merged[-1] == a:
+                    merged[-1] = a + b
+                else:
+                    merged.append(token)
+            for old in zip(words[i], words[i][1:]):
+                pairs[old] -= counts[i]
+            for now in zip(merged, merged[1:]):
+                pairs[now] += counts[i]
+                where[now].add(i)
+                new.add(now)
+            words[i] = merged
+        for now in new:
+            if a + b in now:
+                heapq.heappush(heap, (-pairs[now], now))
+    return ranks
+
+
+class BytePairs:
+    """tiktoken with the tokens of GPT-2, or with the ranks that learn_bpe found."""
+
+    def __init__(self, ranks=None):
         try:
             import tiktoken
 
-            self.encoding = tiktoken.get_encoding("gpt2")
+            own = dict(pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+            self.encoding = tiktoken.Encoding("pairs", **own) if ranks else tiktoken.get_encoding("gpt2")
         except Exception as error:
             need = "tiktoken, and once the net for its two files, or TIKTOKEN_CACHE_DIR set to where they are"
             fail(f"--tokenizer gpt2 needs {need} ({type(error).__name__})")
@@ -184,20 +235,155 @@ class GPT2Tokens:
         return np.array(self.encoding.encode_ordinary(text), np.int64)
 
 
+def learn_tokenizer(kind, text, merges):
+    """What there is to know of a tokeniser, as the checkpoint keeps it: (kind, its alphabet or its tokens)."""
+    if kind == "chars":
+        return kind, "".join(sorted(set(text)))
+    train = text[: len(text) * 9 // 10]  # the rest is held out
+    return kind, [token.hex() for token in learn_bpe(train, merges)] if kind == "bpe" else None
+
+
+def make_tokenizer(kind, known):
+    if kind == "chars":
+        return Characters(known)
+    return BytePairs({bytes.fromhex(token): rank for rank, token in enumerate(known)} if kind == "bpe" else None)
+
+
+# ---- weights from elsewhere ------------------------------------------------------------------------------------------
+
+
+def read_safetensors(folder):
+    """Yield the name and the float32 array of each tensor in the folder's *.safetensors.
+
+    Such a file is eight bytes of length, a JSON header of that length, and the numbers.
+    """
+    types = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # of other types are only buffers
+    if not (files := sorted(Path(folder).glob("*.safetensors"))):
+        fail(f"{folder} has no *.safetensors: name a folder in the layout of Hugging Face")
+    for file in files:
+        try:
+            raw = np.memmap(file, np.uint8, "r")
+            start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+            header = json.loads(raw[8:start].tobytes())
+            for name, entry in header.items():
+                if entry.get("dtype") in types:
+                    w = raw[start:][slice(*entry["data_offsets"])].view(types[entry["dtype"]]).reshape(entry["shape"])
+                    bits = entry["dtype"] == "BF16"  # the upper half of a float32
+                    yield name, (w.astype(np.uint32) << 16).view(np.float32) if bits else w.astype(np.float32)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"{file} is damaged ({error}): fetch it again")
+
+
+CONV1D = "c_attn.weight", "c_proj.weight", "c_fc.weight"  # GPT-2's files hold these as (in, out)
+
+
+def load_gpt2(folder):
+    """Of a GPT-2 as Hugging Face stores it: what read_meta would say, and the weights by the names of this folder."""
+    try:
+        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = {name: c[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        meta = {"config": {"block_size": c["n_positions"], **config}, "tokenizer": c.get("tokenizer", ["gpt2", None])}
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{folder} has no config.json of a GPT-2 ({error!r}): name a ckpt.npz, or GPT-2 as Hugging Face stores it")
+    weights = {}
+    for name, w in read_safetensors(folder):
+        name = name.removeprefix("transformer.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):  # masks; the head is the embedding
+            weights[name] = w.T.copy() if name.endswith(CONV1D) else w
+    return meta, weights
+
+
+def read_model(path):
+    """The same of a checkpoint or of such a folder."""
+    if path.is_dir():
+        return load_gpt2(path)
+    meta = read_meta(path, "gpt")
+    with np.load(path, allow_pickle=False) as f:
+        return meta, dict(f)
+
+
+def export_gpt2(folder, meta, weights):
+    """The way back: what transformers opens with GPT2LMHeadModel.from_pretrained(folder)."""
+    header, arrays, end = {"__metadata__": {"format": "pt"}}, [], 0
+    for name, w in weights.items():
+        arrays.append(w.T.copy() if name.endswith(CONV1D) else w)
+        place = [end, end := end + w.nbytes]
+        header[f"transformer.{name}"] = {"dtype": "F32", "shape": arrays[-1].shape, "data_offsets": place}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    c = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": meta["config"]["block_size"]}
+    c |= {name: meta["config"][name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    c |= {"bos_token_id": None, "eos_token_id": None, "tokenizer": meta["tokenizer"]}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(c, indent=1), encoding="utf-8")
+        (folder / "model.safetensors").write_bytes(b"".join([len(header).to_bytes(8, "little"), header, *arrays]))
+    except OSError as error:
+        fail(f"--export-hf {folder} could not be written ({error.strerror}): name another folder")
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Text:
+    """The task of going on with a text: windows of it, drawn at random; the last tenth of it is held out."""
+
+    def __init__(self, trainer, tokenizer, args, corpus):
+        ids, self.trainer, self.args = tokenizer.encode(corpus), trainer, args
+        self.train, self.val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
+        if len(self.val) <= (T := args.block_size):
+            fail(f"{len(ids)} tokens are too few for a context of {T}: lower --block-size or have {10 * T + 10}")
+        self.about = f"{len(self.train):,} tokens to train on, {len(self.val):,} held out"
+
+    def windows(self, ids, at):
+        x = ids[at[:, None] + np.arange(self.args.block_size + 1)]  # (B, T + 1)
+        return x[:, :-1], x[:, 1:]
+
+    def batch(self, step):
+        rng, T = np.random.default_rng((self.args.seed, step, 1)), self.args.block_size
+        return self.windows(self.train, rng.integers(0, len(self.train) - T, self.args.batch_size))
+
+    def evaluate(self, most=64):
+        starts, total = np.arange(0, len(self.val) - self.args.block_size, self.args.block_size), 0.0
+        starts = starts[:: math.ceil(len(starts) / most)]
+        for at in np.array_split(starts, math.ceil(len(starts) / 32)):
+            total += float(self.trainer.evaluate(*self.windows(self.val, at))["val_loss"]) * len(at)
+        return {"val_loss": total / len(starts)}
+
+
+def stream(trainer, tokenizer, ids, args):
+    """Yield for each token what is new of the text that follows ids; it ends before the first of the strings args.stop.
+
+    What may be the beginning of such a string is held back.
+    """
+    if args.beam > 1:
+        n = min(args.tokens, trainer.config.block_size - len(ids))
+        tokens = trainer.search(ids[None], n, args.beam)[:, None]
+    else:
+        tokens = trainer.generate(ids[None], args.tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    utf8, text, shown = codecs.getincrementaldecoder("utf-8")("replace"), "", 0
+    held = max(map(len, args.stop), default=1) - 1
+    for token in tokens:
+        text += utf8.decode(tokenizer.decode(int(token[0])))
+        ends = [text.index(stop) for stop in args.stop if stop in text]
+        end = min(ends, default=max(shown, len(text) - held))
+        yield text[shown:end]
+        if ends:
+            return
+        shown = end
+    yield text[shown:]
 
 
 def write(trainer, tokenizer, args, file):
     """Print the prompt and what follows it, token by token, and keep it in a file; returns tokens a second."""
-    ids, utf8 = tokenizer.encode(args.prompt), codecs.getincrementaldecoder("utf-8")("replace")
     print(f"\n{args.prompt}", end="", flush=True)
     text, began = [args.prompt], time.perf_counter()
-    for token in trainer.generate(ids[None], args.tokens, args.temperature, args.top_k, args.top_p, args.seed):
-        text.append(utf8.decode(tokenizer.decode(int(token[0]))))
-        print(text[-1], end="", flush=True)
+    for piece in stream(trainer, tokenizer, tokenizer.encode(args.prompt), args):
+        text.append(piece)
+        print(piece, end="", flush=True)
     print("\n")
     file.write_text("".join(text), encoding="utf-8")
-    return args.tokens / (time.perf_counter() - began)
+    return (len(text) - 1) / (time.perf_counter() - began)
 
 
 def main():
@@ -207,12 +393,14 @@ def main():
     parser.error = fail
     parser.add_argument("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch")
     parser.add_argument("--data", help="tinyshakespeare or a text file (default: Python's manual)")
-    parser.add_argument("--tokenizer", choices=["chars", "gpt2"], default="chars")
+    parser.add_argument("--tokenizer", choices=["chars", "bpe", "gpt2"], default="chars", help="bpe: learnt here")
+    parser.add_argument("--merges", type=int, default=1000, help="of --tokenizer bpe")
+    parser.add_argument("--init", type=Path, help="start from the weights of a ckpt.npz or of a GPT-2's folder")
     parser.add_argument("--size", choices=["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"], help="in place of --n-...")
     parser.add_argument("--n-layer", type=int, default=4)
     parser.add_argument("--n-head", type=int, default=4)
     parser.add_argument("--n-embd", type=int, default=128)
-    parser.add_argument("--block-size", type=int, default=128, help="the context in tokens")
+    parser.add_argument("--block-size", type=int, help="the context in tokens (default: 128, or the model's)")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     parser.add_argument("--steps", type=int, default=600, help="0: only evaluate and write")
@@ -223,66 +411,67 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().with_name("out"))
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
+    parser.add_argument("--export-hf", type=Path, metavar="DIR", help="at the end, write the weights for Hugging Face")
     parser.add_argument("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best there is)")
-    parser.add_argument("--prompt", default="The ")
+    parser.add_argument("--prompt", default="The ", help="- reads it from the standard input")
     parser.add_argument("--tokens", type=int, default=500, help="how many to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, help="only from the K likeliest")
     parser.add_argument("--top-p", type=float, default=1.0, help="only from the likeliest that hold the share P")
+    parser.add_argument("--beam", type=int, default=1, help="search so wide for the likeliest text within the context")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="write up to here")
     args = parser.parse_args()
     args.lr = {"muon": 0.01, "adamw": 0.004}[args.optimizer] if args.lr is None else args.lr
     args.log_every = max(1, args.steps // 20)
-    if min(args.steps, args.tokens) < 0 or min(args.batch_size, args.n_layer, args.n_head, args.block_size) < 1:
-        fail("--steps and --tokens must be 0 or more, --batch-size, --n-layer, --n-head and --block-size 1 or more")
+    counts = args.batch_size, args.n_layer, args.n_head, args.n_embd, args.beam, args.block_size or 1
+    if min(args.steps, args.tokens, args.merges) < 0 or min(counts) < 1 or args.block_size == 0:
+        fail("--steps, --tokens, --merges must be 0 or more, --batch-size, --block-size, --beam, --n-... 1 or more")
     if not (0 < args.lr < math.inf and 0 <= args.temperature and 0 < args.top_p <= 1 and 0 <= args.dropout < 1):
         fail("--lr must be more than 0, --temperature 0 or more, --top-p and --dropout a share of 1")
-    if args.n_embd < 1 or args.n_embd % args.n_head or args.top_k == 0:
-        fail("--n-embd must be a multiple of --n-head, --top-k 1 or more")
+    if args.n_embd % args.n_head or args.top_k == 0 or "" in args.stop:
+        fail("--n-embd must be a multiple of --n-head, --top-k 1 or more, --stop a text")
 
-    ckpt, text = args.out / "ckpt.npz", load_text(args.data)
-    saved = read_meta(ckpt, "gpt") if args.resume else None
-    alphabet = saved["alphabet"] if saved else "".join(sorted(set(text))) if args.tokenizer == "chars" else None
-    tokenizer = Characters(alphabet) if alphabet else GPT2Tokens()
-    net, ids, T = load_twin(args), tokenizer.encode(text), saved["config"]["block_size"] if saved else args.block_size
-    train, val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]  # the last tenth is held out
-    if len(val) <= T:
-        fail(f"{len(ids)} tokens are too few for a context of {T}: lower --block-size or have {10 * T + 10}")
-    if not 0 < (n := len(tokenizer.encode(args.prompt))) <= T:
-        fail(f"--prompt must have 1 to {T} tokens, the context of the model: it has {n}")
-    if saved:
-        config = net.Config(**saved["config"])
+
+    net, ckpt, corpus = load_twin(args), args.out / "ckpt.npz", load_text(args.data)
+    args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.resume or args.init:
+        meta, weights = read_model(ckpt if args.resume else args.init)
     else:
         shape = net.GPT2[args.size] if args.size else dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-        config = net.Config(T, tokenizer.vocab_size, dropout=args.dropout, optimizer=args.optimizer, **shape)
+        meta = {"tokenizer": learn_tokenizer(args.tokenizer, corpus, args.merges)}
+        meta["config"], weights = {"block_size": args.block_size or 128, **shape}, {}
+    tokenizer = make_tokenizer(*meta["tokenizer"])
+    if not args.resume:
+        meta["config"] |= {"dropout": args.dropout, "optimizer": args.optimizer}
+    config = net.Config(**{"vocab_size": tokenizer.vocab_size, **meta["config"]})
+    args.block_size = T = min(args.block_size or config.block_size, config.block_size)
+    if tokenizer.vocab_size > config.vocab_size:
+        fail(f"{args.init} knows {config.vocab_size} tokens, its tokenizer has {tokenizer.vocab_size}: take another")
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
-    start = trainer.load(ckpt) if saved else 0
+    start = trainer.load(ckpt) if args.resume else 0
+    if weights and not args.resume:
+        try:
+            net.set_weights(trainer.model, weights)
+        except (KeyError, ValueError) as error:
+            fail(f"{args.init} lacks a weight that its config asks for ({error}): fetch it again")
+    task = Text(trainer, tokenizer, args, corpus)
+    if not 0 < (n := len(tokenizer.encode(args.prompt))) <= T:
+        fail(f"--prompt must have 1 to {T} tokens, the context of the model: it has {n}")
     params = sum(w.size for w in net.get_weights(trainer.model).values())
     print(f"gpt: {args.backend} on {args.device}, {params:,} parameters; {args.data or 'manual of Python'}: "
-          f"{len(train):,} tokens to train on, {len(val):,} held out; files go to {args.out}", flush=True)
-
-    def batch(step):
-        at = np.random.default_rng((args.seed, step, 1)).integers(0, len(train) - T, args.batch_size)
-        x = train[at[:, None] + np.arange(T + 1)]  # (B, T + 1)
-        return x[:, :-1], x[:, 1:]
+          f"{task.about}; files go to {args.out}", flush=True)
 
     def lr(step):
         left = 1 - step / args.steps
         fall = left if args.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
         return args.lr * min((step + 1) / args.warmup, 1.0) * fall
 
-    def evaluate(windows):  # starts of windows of T + 1 tokens
-        total = 0.0
-        for at in np.array_split(windows, math.ceil(len(windows) / 32)):
-            x = val[at[:, None] + np.arange(T + 1)]
-            total += float(trainer.evaluate(x[:, :-1], x[:, 1:])["val_loss"]) * len(at)
-        return {"val_loss": total / len(windows)}
-
-    windows = np.arange(0, len(val) - T, T)
-    some = windows[:: math.ceil(len(windows) / 64)]  # enough for the log; the result is of all of them
-    speed = fit(trainer, batch, lambda: evaluate(some), lr, args, start, alphabet=alphabet)
-    figures = evaluate(windows)
+    speed = fit(trainer, task.batch, task.evaluate, lr, args, start, tokenizer=meta["tokenizer"])
+    figures = task.evaluate(most=10**9)
     written = write(trainer, tokenizer, args, args.out / "sample.txt")
-    files = [str(file) for file in (ckpt, args.out / "sample.txt") if file.exists()]
+    if args.export_hf:
+        export_gpt2(args.export_hf, {**meta, "config": vars(config)}, net.get_weights(trainer.model))
+    files = [str(file) for file in (ckpt, args.out / "sample.txt", args.export_hf) if file and file.exists()]
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
     result |= {"seconds": round(time.perf_counter() - began, 2), "tokens_per_s": round(speed * args.batch_size * T)}
     result |= {"written_per_s": round(written, 1), **figures, "files": files}

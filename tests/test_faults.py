@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import json
 import os
 import resource
 import signal
@@ -74,6 +75,16 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--temperature", "-1"], "--temperature"),
         (["--top-p", "0"], "--top-p"),
         (["--top-k", "0"], "--top-k"),
+        (["--beam", "0"], "--beam"),
+        (["--stop", ""], "--stop"),
+        (["--merges", "-1"], "--merges"),
+        (["--init", "missing.npz"], "missing.npz"),
+        (["--init", "binary"], "no checkpoint"),
+        (["--init", "few"], "config.json"),
+        (["--init", "no-weights"], "*.safetensors"),
+        (["--init", "bad-weights"], "damaged"),
+        (["--init", "half-weights"], "lacks"),
+        (["--export-hf", "train.py"], "--export-hf"),
     ],
     "transformer": [
         (["--task", "translate", "--data", "missing.tsv"], "missing.tsv"),
@@ -162,6 +173,11 @@ FILES = {
     "words.csv": b"a,b\nx,y\n" * 100,
     **{f"voices/{name}_0.wav": b"RIFF\0\0\0\0WAVE and then nothing" for name in ("0_ann", "1_bob")},
     "few/one.png": b"",
+    **{f"{kind}-weights/config.json": json.dumps(dict(n_positions=9, vocab_size=4, n_layer=1, n_head=1, n_embd=2,
+                                                      tokenizer=["chars", " The"])).encode()
+       for kind in ("no", "bad", "half")},
+    "bad-weights/model.safetensors": b"\x10" * 1000,
+    "half-weights/model.safetensors": b"\2\0\0\0\0\0\0\0{}",
     **{f"broken/{i}.png": b"\x89PNG\r\n\x1a\n and then nothing" for i in range(20)},
     "data/cifar-10-binary.tar.gz": gzip.compress(b"no archive" * 100),
     "data/mnist/train-images-idx3-ubyte.gz": gzip.compress(b"\0\0\x08\x03" + b"\0" * 5000)[:60],

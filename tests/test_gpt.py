@@ -1,6 +1,10 @@
 """gpt/ against GPT-2 as transformers computes it and against the frameworks' own layers; the cache; sampling; Muon."""
 
+import argparse
+import importlib.util
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from folders import BACKENDS, copy_alone, load, make_trainer, run
+from folders import BACKENDS, ROOT, copy_alone, load, make_trainer, run, start
 
 GOLDEN = Path(__file__).parent / "golden/gpt2-tiny"
 TORCH, MLX = load("gpt", "torch"), load("gpt", "mlx")
+SPEC = importlib.util.spec_from_file_location("gpt_train", ROOT / "gpt/train.py")
+TRAIN = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(TRAIN)
 
 
 def array(backend, x):
@@ -28,28 +35,12 @@ def randomised(backend, **changes):
     return net, model
 
 
-def read_safetensors(path):
-    """Eight bytes of length, a JSON header, the numbers."""
-    raw = path.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + size])
-    header.pop("__metadata__", None)
-    return {
-        name: np.frombuffer(raw[8 + size :][slice(*entry["data_offsets"])], np.float32).reshape(entry["shape"])
-        for name, entry in header.items()
-    }
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_golden(backend):
-    """Weights of the released layout, logits and greedy tokens as transformers 5.23 computes them."""
-    net, c = load("gpt", backend), json.loads((GOLDEN / "config.json").read_text())
-    config = net.Config(c["n_positions"], c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"])
-    trainer = net.Trainer(config, device="cpu")
-    weights = {}
-    for name, w in read_safetensors(GOLDEN / "model.safetensors").items():
-        conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # these are stored (in, out)
-        weights[name.removeprefix("transformer.")] = w.T.copy() if conv1d else w.copy()
+def test_golden(backend, tmp_path):
+    """Weights of the released layout, logits and greedy tokens as transformers 5.23 computes them; and the way back."""
+    net = load("gpt", backend)
+    meta, weights = TRAIN.read_model(GOLDEN)
+    trainer = net.Trainer(net.Config(**meta["config"]), device="cpu")
     net.set_weights(trainer.model, weights)
     with np.load(GOLDEN / "expected.npz") as expected:
         ids, logits, greedy = expected["ids"].astype(np.int64), expected["logits"], expected["greedy"]
@@ -58,6 +49,89 @@ def test_golden(backend):
     np.testing.assert_allclose(ours, logits, atol=1e-4, rtol=0)
     new = [int(token[0]) for token in trainer.generate(ids[:1, :5], 12, temperature=0)]
     assert [*ids[0, :5], *new] == greedy.tolist()
+    meta["config"] = vars(trainer.config)
+    TRAIN.export_gpt2(tmp_path, meta, net.get_weights(trainer.model))
+    there, back = dict(TRAIN.read_safetensors(GOLDEN)), dict(TRAIN.read_safetensors(tmp_path))
+    assert there.keys() == back.keys() and all((back[name] == w).all() for name, w in there.items())
+    theirs, own = (json.loads((folder / "config.json").read_text()) for folder in (GOLDEN, tmp_path))
+    same = {"model_type", "architectures", "n_positions", "vocab_size", "n_layer", "n_head", "n_embd"}
+    assert all(own[name] == theirs[name] for name in same)
+
+
+def test_shards_and_types(tmp_path):
+    """Several files, half precision, mask buffers, a head of its own and names without a prefix: all are read."""
+    weights = dict(TRAIN.read_safetensors(GOLDEN))
+    parts = [{}, {"h.0.attn.bias": np.ones((1, 1, 32, 32)), "lm_head.weight": weights["transformer.wte.weight"]}]
+    for i, (name, w) in enumerate(weights.items()):
+        parts[i % 2][name.removeprefix("transformer.")] = w
+    for i, part in enumerate(parts):
+        header, data = {}, b""
+        for name, w in part.items():
+            raw = w.astype("f2").tobytes() if i else (w.view(np.uint32) >> 16).astype("u2").tobytes()
+            place = [len(data), len(data) + len(raw)]
+            header[name] = {"dtype": ["BF16", "F16"][i], "shape": w.shape, "data_offsets": place}
+            data += raw
+        header = json.dumps(header).encode()
+        (tmp_path / f"model-{i}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    (tmp_path / "config.json").write_bytes((GOLDEN / "config.json").read_bytes())
+    whole, halves = TRAIN.read_model(GOLDEN)[1], TRAIN.read_model(tmp_path)[1]
+    assert whole.keys() == halves.keys()
+    for name, w in whole.items():
+        np.testing.assert_allclose(halves[name], w, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_beam_search(backend):
+    """As wide as there are continuations it finds the likeliest of them; a beam of 1 is greedy."""
+    net, model = randomised(backend, vocab_size=5, block_size=8)
+    prompt = np.array([[1, 4, 2]])
+    every = np.array(list(np.ndindex(5, 5, 5)))  # (125, 3)
+    idx = np.concatenate([prompt.repeat(125, 0), every], 1)
+    logits = np.array(model(array(backend, idx)).tolist())[:, 2:-1]
+    logp = np.take_along_axis(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), every[..., None], -1).sum((1, 2))
+
+    def search(beam):
+        return np.array(net.beam_search(model, array(backend, prompt), 3, beam).tolist())
+
+    greedy = net.generate(model, array(backend, prompt), array(backend, np.zeros((3, 1), np.float32)), 0)
+    greedy = [token.tolist()[0] for token in greedy]
+    assert (search(125) == every[logp.argmax()]).all() and search(1).tolist() == greedy
+    found = [logp[(every == search(beam)).all(1).argmax()] for beam in (1, 5, 125)]
+    assert found[0] < found[2] and found[1] <= found[2]
+
+
+def test_bpe():
+    """The merges of the paper's algorithm, and a text that comes back; the tokens are worth their place."""
+    kind, known = TRAIN.learn_tokenizer("bpe", TRAIN.load_text(None), 100)
+    ranks = {bytes.fromhex(token): rank for rank, token in enumerate(known)}
+    assert kind == "bpe" and len(ranks) == 356 and {b" the", b" is"} < set(ranks) and ranks[b"a"] == ord("a")
+    tokenizer, text = TRAIN.make_tokenizer(kind, known), "The na\u00efve \u4e2d class\n\n  returns 12."
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.decode, ids.tolist())).decode() == text and tokenizer.vocab_size == 356
+    assert len(tokenizer.encode(TRAIN.load_text(None)[:5000])) < 3500
+
+
+def test_stop_strings():
+    """The text ends before the first stop string, also where that is spread over tokens, and nothing else is lost."""
+    letters = TRAIN.Characters("abcdefgh")
+
+    def streamed(text, *stop):
+        class Said:
+            def generate(self, ids, *_):
+                yield from letters.encode(text)[:, None]
+
+        args = argparse.Namespace(beam=1, tokens=9, temperature=1, top_k=None, top_p=1, seed=0, stop=stop)
+        return "".join(TRAIN.stream(Said(), letters, letters.encode("a"), args))
+
+    assert streamed("abcabdh") == "abcabdh" and streamed("abcabdh", "abd") == "abc"
+    assert streamed("abcabdh", "h", "bd") == "abca" and streamed("abcab", "abd") == "abcab"
+    assert streamed("abc", "a") == "" and streamed("fabcb", "bcd", "cb", "gg") == "fab"
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="GPT-2's tokens may have to be downloaded")
+def test_gpt2_tokens():
+    tokenizer = TRAIN.make_tokenizer("gpt2", None)
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995] and tokenizer.vocab_size == 50257
 
 
 def test_against_torch_layers():
@@ -262,11 +336,36 @@ def test_optimizers_and_shapes_of_the_command_line(tmp_path):
     with np.load(folder / "out/ckpt.npz") as f:
         meta, names = json.loads(str(f["meta"])), set(f.files)
     shape = dict(block_size=6, vocab_size=10, n_layer=3, n_head=2, n_embd=8, dropout=0.1, optimizer="adamw")
-    assert shape.items() <= meta["config"].items() and meta["alphabet"] == "\n abcdefgh"
+    assert shape.items() <= meta["config"].items() and meta["tokenizer"] == ["chars", "\n abcdefgh"]
     assert "h.2.attn.c_attn.weight" in names and "h.3.attn.c_attn.weight" not in names
     assert len((folder / "out/sample.txt").read_text(encoding="utf-8")) == 11
     again = ["--data", "own.txt", "--steps", "0", "--resume", "--tokens", "5"]
     code, out, err = run(folder, "torch", *again)
     assert code == 2 and "alphabet" in err  # the default prompt has a capital letter
-    code, out, err = run(folder, "torch", *again, "--prompt", "a")
-    assert code == 0 and json.loads(out.splitlines()[-1].removeprefix("result "))["steps"] == 0
+    process = start(folder, "torch", *again, "--prompt", "-", stdin=subprocess.PIPE)
+    out, err = process.communicate("hgf")
+    assert process.returncode == 0 and "\nhgf" in out, err
+    losses = [json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"]]
+    for init in ("out/ckpt.npz", "hf"):  # from a checkpoint to Hugging Face's layout, and from there
+        args = ["--data", "own.txt", "--init", init, "--steps", "0", "--out", "two", "--prompt", "ab", "--beam", "2"]
+        code, out, err = run(folder, "mlx", *args, "--export-hf", "hf")
+        assert code == 0, err
+        losses.append(json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"])
+    assert np.ptp(losses) < 1e-5 and len((folder / "two/sample.txt").read_text(encoding="utf-8")) == 6
+
+
+def test_bpe_travels(tmp_path):
+    """The checkpoint has the tokens that were learnt: another text is read with them, and training goes on."""
+    folder = copy_alone("gpt", tmp_path / "gpt")
+    (folder / "own.txt").write_text("the cat sat on the mat. " * 200, encoding="utf-8")
+    (folder / "other.txt").write_text("a rat ate the other cat. " * 200, encoding="utf-8")
+    args = "--tokenizer bpe --merges 20 --n-layer 1 --n-embd 32 --block-size 16 --steps 30 --prompt the".split()
+    code, out, err = run(folder, "mlx", "--data", "own.txt", *args)
+    assert code == 0, err
+    more = ["--init", "out/ckpt.npz", "--data", "other.txt", "--out", "two", *args]
+    for steps, bound in (("0", 2.5), ("60", 1.0)):
+        code, out, err = run(folder, "mlx", *more, "--steps", steps)
+        loss = json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"]
+        assert code == 0 and (loss > bound) == (steps == "0"), (loss, err)
+    with np.load(folder / "out/ckpt.npz") as a, np.load(folder / "two/ckpt.npz") as b:
+        assert json.loads(str(a["meta"]))["tokenizer"] == json.loads(str(b["meta"]))["tokenizer"]
