@@ -314,12 +314,8 @@ def export_gpt2(folder, meta, weights):
     c = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": meta["config"]["block_size"]}
     c |= {name: meta["config"][name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     c |= {"bos_token_id": None, "eos_token_id": None, "tokenizer": meta["tokenizer"]}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(c, indent=1), encoding="utf-8")
-        (folder / "model.safetensors").write_bytes(b"".join([len(header).to_bytes(8, "little"), header, *arrays]))
-    except OSError as error:
-        fail(f"--export-hf {folder} could not be written ({error.strerror}): name another folder")
+    (folder / "config.json").write_text(json.dumps(c, indent=1), encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"".join([len(header).to_bytes(8, "little"), header, *arrays]))
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -433,6 +429,10 @@ def main():
 
 
     net, ckpt, corpus = load_twin(args), args.out / "ckpt.npz", load_text(args.data)
+    try:
+        (args.export_hf or args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--export-hf {args.export_hf} can't be made a folder ({error.strerror}): name another")
     args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.resume or args.init:
         meta, weights = read_model(ckpt if args.resume else args.init)
