@@ -21,6 +21,7 @@ import platform
 import pydoc_data.topics
 import re
 import signal
+import string
 import sys
 import time
 from collections import Counter, defaultdict
@@ -318,7 +319,90 @@ def export_gpt2(folder, meta, weights):
     (folder / "model.safetensors").write_bytes(b"".join([len(header).to_bytes(8, "little"), header, *arrays]))
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- dialogues -------------------------------------------------------------------------------------------------------
+
+END = "\3"  # ASCII's end of a text: it comes after each message
+OPPOSITES = "hot cold, big small, old new, up down, left right, day night, good bad, fast slow, open shut, dry wet"
+TALK = [("Hello!", "Hello! Ask me something."), ("How are you?", "I am fine, thank you."), ("Who are you?", "A GPT."),
+        ("What can you do?", "Sums, opposites and spelling."), ("Thank you.", "You are welcome.")]  # fmt: skip
+
+
+def load_messages(path):
+    """The dialogues of a file in which each line is JSON: {"messages": [{"role": "user", "content": "..."}, ...]}."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        dialogues = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines if line]
+        if not all(isinstance(text, str) for dialogue in dialogues for message in dialogue for text in message):
+            raise ValueError("a role or a content is no text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f'{path} must have lines like {{"messages": [{{"role": "user", "content": "..."}}]}} ({error!r})')
+    if not dialogues:
+        fail(f"{path} has no dialogue in it")
+    return dialogues
+def draw_sum(rng, held_out=False):
+    """A question for a sum or a difference below a hundred, and the answer; a tenth of them all is held out."""
+    while True:
+        a, b, minus = map(int, rng.integers(0, (100, 100, 2)))
+        low, high = sorted((a, b))
+        if held_out == ((200 * high + 2 * low + minus) * 2654435761 % 2**32 % 10 == 0):
+            sides = (f"{high} minus {low}", high - low) if minus else (f"{a} plus {b}", a + b)
+            return f"What is {sides[0]}?", str(sides[1])
+
+
+def draw_dialogue(rng):
+    """One to three questions with answers: half of them sums; opposites, spelling and small talk."""
+    pairs = [pair.split() for pair in OPPOSITES.split(", ")]
+    messages = []
+    for kind in rng.integers(0, 6, rng.integers(1, 4)):
+        word, other = rng.permutation(pairs[rng.integers(len(pairs))])
+        asked = f"What is the opposite of {word}?", str(other)
+        asked = [asked, (f"Spell {word}.", "-".join(word)), TALK[rng.integers(len(TALK))], *[draw_sum(rng)] * 3][kind]
+        messages += zip(("user", "assistant"), asked)
+    return messages
+
+
+def render(tokenizer, dialogue, answer=False):
+    """Tokens (n,) of the messages [(role, content), ...], and whether each is the assistant's to say, (n,) of 0 and 1.
+
+    A message is its role, a line's end, its content and END. With `answer` the assistant is about to speak.
+    """
+    parts = [part for role, content in dialogue for part in ((f"{role}\n", 0), (content, role == "assistant"),
+             (END, role == "assistant"))] + [("assistant\n", 0)] * answer  # fmt: skip
+    ids = [tokenizer.encode(text) for text, _ in parts]
+    return np.concatenate(ids), np.repeat([own for _, own in parts], list(map(len, ids)))
+
+
+def reply(trainer, tokenizer, prompts, temperature, seed):
+    """What is said to prompts of one length (B, T): tokens (B, n), and which of them are the answer, END included."""
+    said, ends = [], []
+    for token in trainer.generate(prompts, 8, temperature, seed=seed):
+        said.append(token)
+        ends.append(token == tokenizer.encode(END)[0])
+        if np.any(ends, 0).all():
+            break
+    said, ends = np.stack(said, 1), np.stack(ends, 1)
+    return said, ends.cumsum(1) - ends == 0
+
+
+def grade(tokenizer, said, own, answers):
+    """1 for each answer (a row of what reply gave) that is the expected text, and nothing but it; 0 for others."""
+    texts = [b"".join(tokenizer.decode(int(i)) for i in row[mine]) for row, mine in zip(said, own)]
+    return np.array([text == (answer + END).encode() for text, answer in zip(texts, answers)], np.float32)
+
+
+def share_right(trainer, tokenizer, n, temperature, seed):
+    """The share of n sums, which were not trained on, that are answered rightly."""
+    rng, right = np.random.default_rng((seed, 4)), 0.0
+    asked = [draw_sum(rng, held_out=True) for _ in range(n)]
+    prompts = [render(tokenizer, [("user", question)], answer=True)[0] for question, _ in asked]
+    for length in sorted(set(map(len, prompts))):  # those of one length are answered at once
+        some = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        said, own = reply(trainer, tokenizer, np.stack([prompts[i] for i in some]), temperature, seed)
+        right += grade(tokenizer, said, own, [asked[i][1] for i in some]).sum()
+    return float(right / n)
+
+
+# ---- tasks: the arrays of a step, the figures on data held out, and what to write at the end -------------------------
 
 
 class Text:
@@ -329,7 +413,7 @@ class Text:
         self.train, self.val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
         if len(self.val) <= (T := args.block_size):
             fail(f"{len(ids)} tokens are too few for a context of {T}: lower --block-size or have {10 * T + 10}")
-        self.about = f"{len(self.train):,} tokens to train on, {len(self.val):,} held out"
+        self.about = f"{args.data or 'manual of Python'}, {len(self.train):,} tokens, and {len(self.val):,} held out"
 
     def windows(self, ids, at):
         x = ids[at[:, None] + np.arange(self.args.block_size + 1)]  # (B, T + 1)
@@ -339,12 +423,102 @@ class Text:
         rng, T = np.random.default_rng((self.args.seed, step, 1)), self.args.block_size
         return self.windows(self.train, rng.integers(0, len(self.train) - T, self.args.batch_size))
 
-    def evaluate(self, most=64):
+    def evaluate(self, whole=False):
         starts, total = np.arange(0, len(self.val) - self.args.block_size, self.args.block_size), 0.0
-        starts = starts[:: math.ceil(len(starts) / most)]
+        starts = starts[:: 1 if whole else math.ceil(len(starts) / 64)]  # 64 are enough for the log
         for at in np.array_split(starts, math.ceil(len(starts) / 32)):
             total += float(self.trainer.evaluate(*self.windows(self.val, at))["val_loss"]) * len(at)
         return {"val_loss": total / len(starts)}
+
+    def prompts(self):
+        prompt = "The " if self.args.prompt is None else self.args.prompt
+        return [(prompt, self.tokenizer.encode(prompt))]
+
+
+class Chat:
+    """The task of answering: the loss is of the assistant's tokens only."""
+
+    def __init__(self, trainer, tokenizer, args, corpus):
+        self.trainer, self.tokenizer, self.args = trainer, tokenizer, args
+        self.train, self.val = corpus[: len(corpus) * 9 // 10], corpus[len(corpus) * 9 // 10 :]
+        self.questions = [dialogue[0][1] for dialogue in self.val[:6]]
+        self.about = f"{args.data or 'generated'}, {len(self.train):,} dialogues, and {len(self.val):,} held out"
+
+    def rows(self, dialogues, rng, n):
+        """x, y and weights (n, T): each row is filled with dialogues; what the assistant has not to say weighs 0."""
+        rows, T = [], self.args.block_size
+        for _ in range(n):
+            row = np.zeros((2, 0), np.int64)
+            while row.shape[1] <= T:
+                row = np.append(row, render(self.tokenizer, dialogues[rng.integers(len(dialogues))]), 1)
+            rows.append(row[:, : T + 1])
+        ids, own = np.stack(rows, 1)
+        return ids[:, :-1], ids[:, 1:], (own[:, 1:] / max(own[:, 1:].sum(), 1)).astype(np.float32)
+
+    def batch(self, step):
+        return self.rows(self.train, np.random.default_rng((self.args.seed, step, 1)), self.args.batch_size)
+
+    def evaluate(self, whole=False):
+        figures = self.trainer.evaluate(*self.rows(self.val, np.random.default_rng(3), 64))
+        if whole and not self.args.data:
+            figures["accuracy"] = share_right(self.trainer, self.tokenizer, 500, 0, self.args.seed)
+        return {name: float(value) for name, value in figures.items()}
+
+    def prompts(self):
+        for question in [self.args.prompt] if self.args.prompt else self.questions:
+            yield f"you: {question}\ngpt: ", render(self.tokenizer, [("user", question)], answer=True)[0]
+
+
+def advantages(reward, log_ratio, group, beta):
+    """What each of a group's answers is worth beside the others': r - beta log p/ref, less the mean of the others'."""
+    worth = (reward - beta * log_ratio).reshape(-1, group)
+    others = (worth.sum(1, keepdims=True) - worth) / (group - 1)
+    return (worth - others).reshape(-1) / len(reward)
+
+
+class Reward(Chat):
+    """The task of earning a reward: GRPO, group-relative policy optimization (Shao et al. 2024).
+
+    Each question is answered `group` times; answer y earns r(y), here 1 if it is right, else 0. Nothing can be derived
+    through r, nor need be. With y drawn from the model p, and ref the model as it was at first, to be raised is
+        J = E[r(y)] - beta KL(p || ref) = E[r(y) - beta log p(y)/ref(y)]
+    As grad p = p grad log p, and E[grad log p(y)] = grad sum_y p(y) = grad 1 = 0,
+        grad J = E[(r(y) - beta log p(y)/ref(y) - b) grad log p(y)]     for any b that does not depend on y
+    and the noise is small if b is near to what is in the bracket before it: the mean of the group's other answers.
+    The loss is so a sum of -log p of the tokens with weights, and that is all that Trainer.step has to know.
+
+    The paper also divides by the group's standard deviation and by the answer's length, which would bias this estimate
+    (Liu et al. 2025), and clips p / p_old, which here is 1: each answer is used for one step.
+    """
+
+    def __init__(self, trainer, tokenizer, args, reference):
+        self.trainer, self.tokenizer, self.args, self.reference = trainer, tokenizer, args, reference
+        rng = np.random.default_rng((args.seed, 5))
+        self.questions = [draw_sum(rng, held_out=True)[0] for _ in range(6)]
+        self.about = f"{args.batch_size} answers a step, {args.group} to a question"
+
+    def batch(self, step):
+        args, tokenizer, asked, rng = self.args, self.tokenizer, [], np.random.default_rng((self.args.seed, step, 1))
+        while len(asked) < args.batch_size // args.group:
+            question, answer = draw_sum(rng)
+            prompt = render(tokenizer, [("user", question)], answer=True)[0]
+            if not asked or len(prompt) == len(asked[0][0]):  # all of one length
+                asked.append((prompt, answer))
+        prompts, answers = (np.repeat(side, args.group, 0) for side in zip(*asked))
+        said, own = reply(self.trainer, tokenizer, prompts, 1.0, args.seed + 1_000_003 * (step + 1))
+        ids, own = np.append(prompts, said, 1), np.append(np.zeros_like(prompts), own, 1)[:, 1:]
+        x, y = ids[:, :-1], ids[:, 1:]
+        log_ratio = ((self.trainer.log_prob(x, y) - self.reference.log_prob(x, y)) * own).sum(1)
+        worth = advantages(grade(tokenizer, ids[:, 1:], own == 1, answers), log_ratio, args.group, args.beta)
+        return x, y, (own * worth[:, None]).astype(np.float32)
+
+    def evaluate(self, whole=False):
+        n, (tokenizer, seed) = 500 if whole else 100, (self.tokenizer, self.args.seed)
+        figures = {"reward": share_right(self.trainer, tokenizer, n, 1.0, seed)}
+        return {**figures, "reward_before": share_right(self.reference, tokenizer, n, 1.0, seed)} if whole else figures
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
 
 
 def stream(trainer, tokenizer, ids, args):
@@ -370,16 +544,35 @@ def stream(trainer, tokenizer, ids, args):
     yield text[shown:]
 
 
-def write(trainer, tokenizer, args, file):
-    """Print the prompt and what follows it, token by token, and keep it in a file; returns tokens a second."""
-    print(f"\n{args.prompt}", end="", flush=True)
-    text, began = [args.prompt], time.perf_counter()
-    for piece in stream(trainer, tokenizer, tokenizer.encode(args.prompt), args):
-        text.append(piece)
+def say(trainer, tokenizer, ids, args):
+    """Print what follows ids, token by token, and return it."""
+    said = ""
+    for piece in stream(trainer, tokenizer, ids, args):
         print(piece, end="", flush=True)
-    print("\n")
-    file.write_text("".join(text), encoding="utf-8")
-    return (len(text) - 1) / (time.perf_counter() - began)
+        said += piece
+    print()
+    return said
+
+
+def talk(trainer, tokenizer, args):
+    """Answer what is typed, until the input ends; of a long dialogue the beginning is forgotten."""
+    dialogue = []
+    while True:
+        try:
+            dialogue.append(("user", input("\nyou: ")))
+        except EOFError:
+            return print()
+        while len(ids := render(tokenizer, dialogue, answer=True)[0]) > args.block_size // 2 and dialogue[1:]:
+            del dialogue[:2]
+        print("gpt: ", end="")
+        dialogue.append(("assistant", say(trainer, tokenizer, ids, args)))
+
+
+TASKS = {  # what differs in the defaults
+    "text": dict(steps=600, batch_size=8, lr={"muon": 0.01, "adamw": 0.004}),
+    "chat": dict(steps=1000, batch_size=32, lr={"muon": 0.01, "adamw": 0.004}),
+    "rl": dict(steps=100, batch_size=128, lr={"muon": 0.001, "adamw": 0.0005}),
+}
 
 
 def main():
@@ -388,7 +581,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch")
-    parser.add_argument("--data", help="tinyshakespeare or a text file (default: Python's manual)")
+    parser.add_argument("--task", choices=list(TASKS), default="text")
+    parser.add_argument("--data", help="tinyshakespeare, a text, for chat a .jsonl (default: Python's manual, or sums)")
     parser.add_argument("--tokenizer", choices=["chars", "bpe", "gpt2"], default="chars", help="bpe: learnt here")
     parser.add_argument("--merges", type=int, default=1000, help="of --tokenizer bpe")
     parser.add_argument("--init", type=Path, help="start from the weights of a ckpt.npz or of a GPT-2's folder")
@@ -399,17 +593,23 @@ def main():
     parser.add_argument("--block-size", type=int, help="the context in tokens (default: 128, or the model's)")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
-    parser.add_argument("--steps", type=int, default=600, help="0: only evaluate and write")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, help="the highest rate (default: muon 0.01, adamw 0.004)")
+    parser.add_argument("--steps", type=int, help="0: only evaluate and write")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float, help="the highest rate")
     parser.add_argument("--warmup", type=int, default=30, help="steps in which the rate rises")
     parser.add_argument("--decay", choices=["linear", "cosine"], default="linear", help="how the rate falls to 0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().with_name("out"))
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
+    parser.add_argument("--accumulate", type=int, default=1, help="compute a batch in so many parts, to save memory")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of what is computed")
+    parser.add_argument("--compile", action="store_true", help="let the framework compile the model first")
     parser.add_argument("--export-hf", type=Path, metavar="DIR", help="at the end, write the weights for Hugging Face")
     parser.add_argument("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best there is)")
-    parser.add_argument("--prompt", default="The ", help="- reads it from the standard input")
+    parser.add_argument("--group", type=int, default=16, help="rl: answers to a question")
+    parser.add_argument("--beta", type=float, default=0.02, help="rl: what it costs to become another model")
+    parser.add_argument("--chat", action="store_true", help="chat, rl: at the end, talk in the terminal")
+    parser.add_argument("--prompt", help="what to go on with or to answer; - reads it from the standard input")
     parser.add_argument("--tokens", type=int, default=500, help="how many to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, help="only from the K likeliest")
@@ -417,28 +617,48 @@ def main():
     parser.add_argument("--beam", type=int, default=1, help="search so wide for the likeliest text within the context")
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="write up to here")
     args = parser.parse_args()
-    args.lr = {"muon": 0.01, "adamw": 0.004}[args.optimizer] if args.lr is None else args.lr
+    for name, value in TASKS[args.task].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value[args.optimizer] if name == "lr" else value)
     args.log_every = max(1, args.steps // 20)
-    counts = args.batch_size, args.n_layer, args.n_head, args.n_embd, args.beam, args.block_size or 1
+    counts = args.batch_size, args.accumulate, args.n_layer, args.n_head, args.n_embd, args.beam, args.block_size or 1
     if min(args.steps, args.tokens, args.merges) < 0 or min(counts) < 1 or args.block_size == 0:
-        fail("--steps, --tokens, --merges must be 0 or more, --batch-size, --block-size, --beam, --n-... 1 or more")
+        fail("--steps, --tokens, --merges must be 0 or more, --batch-size, --accumulate, --beam, --block-size, --n-* 1")
     if not (0 < args.lr < math.inf and 0 <= args.temperature and 0 < args.top_p <= 1 and 0 <= args.dropout < 1):
         fail("--lr must be more than 0, --temperature 0 or more, --top-p and --dropout a share of 1")
     if args.n_embd % args.n_head or args.top_k == 0 or "" in args.stop:
         fail("--n-embd must be a multiple of --n-head, --top-k 1 or more, --stop a text")
+    if args.beta < 0 or args.group < 2 or (args.task == "rl" and args.batch_size % args.group):
+        fail("--beta must be 0 or more, --group 2 or more, and --batch-size a multiple of it")
+    if args.task == "rl" and (not args.init or args.data):
+        fail("--task rl starts from a model that answers sums: --init CKPT of --task chat; it takes no --data")
+    if args.chat and args.task == "text":
+        fail("--chat is for --task chat or rl: train one of these first")
 
-
-    net, ckpt, corpus = load_twin(args), args.out / "ckpt.npz", load_text(args.data)
+    net, ckpt = load_twin(args), args.out / "ckpt.npz"
+    rank, size = net.join()
+    if rank:  # of several processes the first speaks and writes
+        sys.stdout = open(os.devnull, "w")
+    if args.batch_size < args.accumulate * size:
+        fail(f"--batch-size must be {args.accumulate * size} or more: a row for each process and part")
+    if args.task == "chat":
+        rng = np.random.default_rng(6)
+        corpus = load_messages(args.data) if args.data else [draw_dialogue(rng) for _ in range(20000)]
+        text = "".join(role + "\n" + content + END for dialogue in corpus for role, content in dialogue)
+        text += string.printable  # so that all can be asked
+    elif args.task == "text":
+        corpus = text = load_text(args.data)
     try:
         (args.export_hf or args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--export-hf {args.export_hf} can't be made a folder ({error.strerror}): name another")
     args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    args.stop += [END] * (args.task != "text")
     if args.resume or args.init:
         meta, weights = read_model(ckpt if args.resume else args.init)
     else:
         shape = net.GPT2[args.size] if args.size else dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-        meta = {"tokenizer": learn_tokenizer(args.tokenizer, corpus, args.merges)}
+        meta = {"tokenizer": learn_tokenizer(args.tokenizer, text, args.merges)}
         meta["config"], weights = {"block_size": args.block_size or 128, **shape}, {}
     tokenizer = make_tokenizer(*meta["tokenizer"])
     if not args.resume:
@@ -447,19 +667,25 @@ def main():
     args.block_size = T = min(args.block_size or config.block_size, config.block_size)
     if tokenizer.vocab_size > config.vocab_size:
         fail(f"{args.init} knows {config.vocab_size} tokens, its tokenizer has {tokenizer.vocab_size}: take another")
-    trainer = net.Trainer(config, seed=args.seed, device=args.device)
+    trainer = net.Trainer(config, args.seed, args.device, args.accumulate, args.dtype, args.compile)
+    if rank:
+        trainer.save = lambda *_, **__: None
     start = trainer.load(ckpt) if args.resume else 0
     if weights and not args.resume:
         try:
             net.set_weights(trainer.model, weights)
         except (KeyError, ValueError) as error:
             fail(f"{args.init} lacks a weight that its config asks for ({error}): fetch it again")
-    task = Text(trainer, tokenizer, args, corpus)
-    if not 0 < (n := len(tokenizer.encode(args.prompt))) <= T:
+    if args.task == "rl":
+        corpus = net.Trainer(config, device=args.device)  # the model as it was at first
+        net.set_weights(corpus.model, read_model(args.init)[1])
+    task = {"text": Text, "chat": Chat, "rl": Reward}[args.task](trainer, tokenizer, args, corpus)
+    prompts = list(task.prompts())
+    if not all(0 < (n := len(ids)) <= T for _, ids in prompts):
         fail(f"--prompt must have 1 to {T} tokens, the context of the model: it has {n}")
     params = sum(w.size for w in net.get_weights(trainer.model).values())
-    print(f"gpt: {args.backend} on {args.device}, {params:,} parameters; {args.data or 'manual of Python'}: "
-          f"{task.about}; files go to {args.out}", flush=True)
+    about = f"{params:,} parameters; {task.about}; files go to {args.out}"
+    print(f"gpt: {args.backend} on {args.device}, {about}", flush=True)
 
     def lr(step):
         left = 1 - step / args.steps
@@ -467,8 +693,17 @@ def main():
         return args.lr * min((step + 1) / args.warmup, 1.0) * fall
 
     speed = fit(trainer, task.batch, task.evaluate, lr, args, start, tokenizer=meta["tokenizer"])
-    figures = task.evaluate(most=10**9)
-    written = write(trainer, tokenizer, args, args.out / "sample.txt")
+    if rank:
+        return
+    figures, sample, written, paused = task.evaluate(whole=True), "", 0, time.perf_counter()
+    for shown, ids in prompts:
+        print(f"\n{shown}", end="", flush=True)
+        said = say(trainer, tokenizer, ids, args)
+        sample, written = f"{sample}{shown}{said}\n", written + len(tokenizer.encode(said))
+    written /= time.perf_counter() - paused
+    (args.out / "sample.txt").write_text(sample, encoding="utf-8")
+    if args.chat:
+        talk(trainer, tokenizer, args)
     if args.export_hf:
         export_gpt2(args.export_hf, {**meta, "config": vars(config)}, net.get_weights(trainer.model))
     files = [str(file) for file in (ckpt, args.out / "sample.txt", args.export_hf) if file and file.exists()]

@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as mlx_nn
 import mlx.optimizers as mlx_optim
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from folders import BACKENDS, ROOT, copy_alone, load, make_trainer, run, start
+from mlx.utils import tree_flatten
 
 GOLDEN = Path(__file__).parent / "golden/gpt2-tiny"
 TORCH, MLX = load("gpt", "torch"), load("gpt", "mlx")
@@ -316,6 +318,90 @@ def test_tokenizer_without_its_files(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
     code, out, err = run(copy_alone("gpt", tmp_path / "gpt"), "mlx", "--tokenizer", "gpt2", "--steps", "1")
     assert code == 2 and len(err.splitlines()) == 1 and "TIKTOKEN_CACHE_DIR" in err, err
+
+
+def gradients(backend, net, model, loss):
+    """{name: gradient} of loss() with respect to the model's parameters."""
+    if backend == "torch":
+        model.zero_grad()
+        loss().backward()
+        return {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return {name: np.array(g) for name, g in tree_flatten(mlx_nn.value_and_grad(model, loss)()[1])}
+
+
+@pytest.mark.parametrize("group", [2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_estimator(backend, group):
+    """The mean over all groups of answers, each as often as it is drawn, is the gradient of E[reward] - beta KL."""
+    net, model = randomised(backend, vocab_size=3, block_size=4)
+    _, reference = randomised(backend, vocab_size=3, block_size=4)
+    net.init_weights(reference, 1)
+    answers, rng, beta = np.array(list(np.ndindex(3, 3))), np.random.default_rng(0), 0.3  # all of two tokens
+    ids = np.append(np.tile([2, 0], (9, 1)), answers, 1)
+    x, y, own = ids[:, :-1], ids[:, 1:], np.tile(np.array([0, 1, 1], np.float32), (9, 1))
+    reward = rng.random(9).astype(np.float32)
+
+    def log_prob(model):
+        return (net.log_prob(model(array(backend, x)), array(backend, y)) * array(backend, own)).sum(-1)
+
+    ours, theirs = (np.array(log_prob(m).tolist()) for m in (model, reference))
+    weights, p = np.zeros(9), np.exp(ours)
+    assert p.sum() == pytest.approx(1, abs=1e-5) and np.ptp(p) > 0.1
+    for drawn in np.ndindex(*[9] * group):
+        i = list(drawn)
+        np.add.at(weights, i, p[i].prod() * TRAIN.advantages(reward[i], (ours - theirs)[i], group, beta))
+    weights = array(backend, (own * weights[:, None]).astype(np.float32))
+
+    def objective():
+        logp = log_prob(model)
+        worth = array(backend, reward) - beta * (logp - array(backend, theirs.astype(np.float32)))
+        return -((logp.exp() if backend == "torch" else mx.exp(logp)) * worth).sum()
+
+    expected = gradients(backend, net, model, objective)
+    got = gradients(backend, net, model, lambda: net.loss_fn(model(array(backend, x)), array(backend, y), weights))
+    for name, g in expected.items():
+        np.testing.assert_allclose(got[name], g, atol=1e-5 + 1e-4 * np.abs(g).max())
+    assert max(np.abs(g).max() for g in expected.values()) > 0.01
+
+
+def test_dialogues():
+    """Sums that are right, and those held out are never in a dialogue; only what the assistant says is learnt."""
+    rng = np.random.default_rng(0)
+    dialogues = [TRAIN.draw_dialogue(rng) for _ in range(500)]
+    held_out = [TRAIN.draw_sum(rng, held_out=True) for _ in range(500)]
+    seen = {text for dialogue in dialogues for _, text in dialogue}
+    for question, answer in held_out:
+        a, sign, b = question.removeprefix("What is ").removesuffix("?").split()
+        other = f"What is {b} plus {a}?"  # the same sum
+        assert int(answer) == (int(a) - int(b) if sign == "minus" else int(a) + int(b))
+        assert question not in seen and (sign == "minus" or other not in seen)
+    letters = TRAIN.Characters("".join(sorted(set("assistant user" + TRAIN.string.printable + TRAIN.END))))
+    args = argparse.Namespace(block_size=90, data=None, seed=0, batch_size=4)
+    x, y, weights = TRAIN.Chat(None, letters, args, dialogues).batch(3)
+    assert x.shape == y.shape == weights.shape == (4, 90) and (x[:, 1:] == y[:, :-1]).all()
+    assert weights.sum() == pytest.approx(1) and len(np.unique(weights)) == 2
+    for row, weight in zip(y, weights):
+        text = "".join(letters.decode(i).decode() for i in row)
+        learnt = "".join(letters.decode(i).decode() for i in row[weight > 0])
+        said = [part.split("\n", 1)[1] for part in text.split(TRAIN.END) if part.startswith("assistant\n")]
+        assert TRAIN.END.join(said).startswith(learnt.rstrip(TRAIN.END)) and len(learnt) >= len("".join(said))
+
+
+def test_chat_and_reward(tmp_path):
+    """Dialogues of the user's own are learnt by heart, answered in the terminal, and then rewarded."""
+    folder = copy_alone("gpt", tmp_path / "gpt")
+    own = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me,\nmyself."}]
+    (folder / "own.jsonl").write_text("".join([json.dumps({"messages": own}) + "\n"] * 10), encoding="utf-8")
+    args = "--task chat --block-size 64 --n-layer 1 --n-embd 32 --batch-size 4 --temperature 0".split()
+    process = start(folder, "mlx", *args, "--data", "own.jsonl", "--steps", "60", "--chat", stdin=subprocess.PIPE)
+    out, err = process.communicate("Who?\nWho?\n")
+    assert process.returncode == 0 and out.count("gpt: Me,\nmyself.\n") >= 2, out + err
+    assert json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"] < 0.2
+    for more in (["--steps", "1"], ["--task", "rl", "--init", "out/ckpt.npz", "--steps", "2", "--group", "2"]):
+        code, out, err = run(folder, "mlx", *args, "--out", "out", *more)
+        figures = json.loads(out.splitlines()[-1].removeprefix("result "))
+        assert code == 0 and ("accuracy" in figures) == ("--group" not in more), err
+    assert "reward" in figures and "reward_before" in figures
 
 
 def test_optimizers_and_shapes_of_the_command_line(tmp_path):
