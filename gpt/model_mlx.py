@@ -346,7 +346,7 @@ class Trainer:
             loss, grads = loss + more, tree_map(mx.add, grads, part_grads) if grads else part_grads
             mx.eval(loss, grads)  # MLX is lazy: here the part is computed, and its memory free for the next
         loss = mx.distributed.all_sum(loss / self.size)
-        grads, _ = optim.clip_grad_norm(nn.average_gradients(grads), 1.0)
+        grads, _ = optim.clip_grad_norm(dict(tree_flatten(nn.average_gradients(grads))), 1.0)
         for name, p in params.items():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
             if self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("h."):  # the matrices of the blocks

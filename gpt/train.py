@@ -409,7 +409,7 @@ class Text:
     """The task of going on with a text: windows of it, drawn at random; the last tenth of it is held out."""
 
     def __init__(self, trainer, tokenizer, args, corpus):
-        ids, self.trainer, self.args = tokenizer.encode(corpus), trainer, args
+        self.trainer, self.tokenizer, self.args, ids = trainer, tokenizer, args, tokenizer.encode(corpus)
         self.train, self.val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
         if len(self.val) <= (T := args.block_size):
             fail(f"{len(ids)} tokens are too few for a context of {T}: lower --block-size or have {10 * T + 10}")
@@ -695,13 +695,12 @@ def main():
     speed = fit(trainer, task.batch, task.evaluate, lr, args, start, tokenizer=meta["tokenizer"])
     if rank:
         return
-    figures, sample, written, paused = task.evaluate(whole=True), "", 0, time.perf_counter()
+    figures, sample, trained = task.evaluate(whole=True), [], time.perf_counter()
     for shown, ids in prompts:
         print(f"\n{shown}", end="", flush=True)
-        said = say(trainer, tokenizer, ids, args)
-        sample, written = f"{sample}{shown}{said}\n", written + len(tokenizer.encode(said))
-    written /= time.perf_counter() - paused
-    (args.out / "sample.txt").write_text(sample, encoding="utf-8")
+        sample.append((shown, say(trainer, tokenizer, ids, args)))
+    written = sum(len(tokenizer.encode(said)) for _, said in sample) / (time.perf_counter() - trained)
+    (args.out / "sample.txt").write_text("\n".join(shown + said for shown, said in sample), encoding="utf-8")
     if args.chat:
         talk(trainer, tokenizer, args)
     if args.export_hf:

@@ -4,7 +4,11 @@ import argparse
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from folders import BACKENDS, ROOT, copy_alone, load, make_trainer, run, start
+from folders import BACKENDS, FOLDERS, ROOT, batches, copy_alone, environment, load, make_trainer, run, start
 from mlx.utils import tree_flatten
 
 GOLDEN = Path(__file__).parent / "golden/gpt2-tiny"
@@ -292,6 +296,65 @@ def test_dropout(backend):
     a, b, without = losses(0.5), losses(0.5), losses(0.0)
     assert a == b and len(set(a)) == 4
     assert a[0] == without[0] and len(set(without)) == 1 or np.ptp(without) < 1e-6
+
+
+def losses(backend, i=0, n=6, **options):
+    """The losses of n steps of a small GPT."""
+    net, batch = load("gpt", backend), batches("gpt", i, n)
+    trainer = net.Trainer(net.Config(**FOLDERS["gpt"].configs[i]), device="cpu", **options)
+    return [float(trainer.step(*arrays, lr=0.01)["loss"]) for arrays in batch], trainer
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulate(backend):
+    """A batch in three uneven parts gives the losses of the whole; so does one with weights."""
+    np.testing.assert_allclose(losses(backend, accumulate=3)[0], losses(backend)[0], rtol=1e-5)
+    weights = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    whole, parts = losses(backend)[1], losses(backend, accumulate=4)[1]
+    for x, y in batches("gpt", 0, 3):
+        a, b = (float(trainer.step(x, y, weights, lr=0.01)["loss"]) for trainer in (whole, parts))
+        by_hand = -(whole.log_prob(x, y) * weights).sum()
+        assert a == pytest.approx(b, abs=1e-3) and abs(by_hand - a) > 0.01  # it has moved
+        assert float(whole.evaluate(x, y, weights)["val_loss"]) == pytest.approx(by_hand, abs=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16(backend):
+    """Nearly the same losses, but not the same; weights and moments stay float32."""
+    (half, trainer), (whole, _) = losses(backend, dtype="bfloat16"), losses(backend)
+    np.testing.assert_allclose(half, whole, rtol=0.01)
+    assert max(abs(a - b) for a, b in zip(half, whole)) > 1e-5
+    assert all(w.dtype == np.float32 for w in load("gpt", backend).get_weights(trainer.model).values())
+    assert all("float32" in str(m.dtype) for m in trainer.m.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile(backend, monkeypatch):
+    """The compiled step gives the same losses. Only the first half of torch's compiler: the second takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    if backend == "mlx" and not shutil.which("g++"):
+        pytest.skip("on the CPU MLX compiles with g++")
+    np.testing.assert_allclose(losses(backend, 2, 3, compile=True)[0], losses(backend, 2, 3)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_processes(backend, tmp_path):
+    """Two processes share a batch, each computes its half in two parts: the log of one process, and it once."""
+    folder = copy_alone("gpt", tmp_path / "gpt")
+    args = "--steps 6 --block-size 16 --n-layer 1 --n-embd 32 --tokens 5 --batch-size 9".split()
+    code, alone, err = run(folder, backend, *args)
+    assert code == 0, err
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    if backend == "mlx":
+        launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--", sys.executable]
+    command = [*launch, "train.py", "--backend", backend, "--device", "cpu", *args, "--accumulate", "2"]
+    both = subprocess.run(command, cwd=folder, env=environment(backend), capture_output=True, text=True)
+    assert both.returncode == 0, both.stderr
+    results = [json.loads(out[out.index("result ") + 7 :].splitlines()[0]) for out in (alone, both.stdout)]
+    figures = [re.findall(r"step +6/6  loss (.*?)  val_loss (.*?) ", out) for out in (alone, both.stdout)]
+    assert len(figures[0]) == len(figures[1]) == 1
+    np.testing.assert_allclose(*(np.array(found, float) for found in figures), atol=2e-4)
+    assert results[0]["val_loss"] == pytest.approx(results[1]["val_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
