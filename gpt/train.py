@@ -4,9 +4,12 @@
 # ///
 """Train a GPT and let it write:  python train.py [--backend mlx] [--data tinyshakespeare] [--tokenizer bpe] ...
 
---data: tinyshakespeare or your own text file; the default is the prose of Python's own manual, which every Python has.
---init: go on from other weights, a ckpt.npz or GPT-2 as Hugging Face stores it; --export-hf writes that layout.
-Once trained, --steps 0 --resume --prompt "The class" only writes.
+--task text goes on with a text: tinyshakespeare, your own file, or Python's manual, which every Python has;
+--task chat answers: sums, opposites and small talk, or what your own dialogues teach;
+--task rl --init out/ckpt.npz makes such a model better at sums by trial and reward.
+--init goes on from other weights: a ckpt.npz, or GPT-2 as Hugging Face stores it; --export-hf writes that layout.
+Once trained, --steps 0 --resume --prompt "The class" only writes, and --chat talks. Several processes share each batch:
+torchrun --nproc-per-node 2 train.py, or mlx.launch -n 2 -- python train.py --backend mlx.
 """
 
 import argparse
@@ -441,6 +444,8 @@ class Chat:
     def __init__(self, trainer, tokenizer, args, corpus):
         self.trainer, self.tokenizer, self.args = trainer, tokenizer, args
         self.train, self.val = corpus[: len(corpus) * 9 // 10], corpus[len(corpus) * 9 // 10 :]
+        if not (self.train and all(corpus)):
+            fail(f"{args.data} must have two dialogues or more, and messages in each")
         self.questions = [dialogue[0][1] for dialogue in self.val[:6]]
         self.about = f"{args.data or 'generated'}, {len(self.train):,} dialogues, and {len(self.val):,} held out"
 

@@ -85,6 +85,13 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--init", "bad-weights"], "damaged"),
         (["--init", "half-weights"], "lacks"),
         (["--export-hf", "train.py"], "--export-hf"),
+        (["--accumulate", "9"], "--batch-size"),
+        (["--chat"], "--task chat"),
+        (["--task", "chat", "--data", "short.txt"], "messages"),
+        (["--task", "chat", "--data", "silent.jsonl"], "messages"),
+        (["--task", "rl"], "--init"),
+        (["--task", "rl", "--init", "out/ckpt.npz"], "alphabet"),
+        (["--task", "rl", "--init", "out/ckpt.npz", "--group", "3"], "--group"),
     ],
     "transformer": [
         (["--task", "translate", "--data", "missing.tsv"], "missing.tsv"),
@@ -172,6 +179,7 @@ FILES = {
     "lines.csv": b"a,b\n1,4\n2,5\n3,7\n",
     "words.csv": b"a,b\nx,y\n" * 100,
     **{f"voices/{name}_0.wav": b"RIFF\0\0\0\0WAVE and then nothing" for name in ("0_ann", "1_bob")},
+    "silent.jsonl": b'{"messages": []}\n' * 20,
     "few/one.png": b"",
     **{f"{kind}-weights/config.json": json.dumps(dict(n_positions=9, vocab_size=4, n_layer=1, n_head=1, n_embd=2,
                                                       tokenizer=["chars", " The"])).encode()

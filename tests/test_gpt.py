@@ -460,11 +460,15 @@ def test_chat_and_reward(tmp_path):
     out, err = process.communicate("Who?\nWho?\n")
     assert process.returncode == 0 and out.count("gpt: Me,\nmyself.\n") >= 2, out + err
     assert json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"] < 0.2
-    for more in (["--steps", "1"], ["--task", "rl", "--init", "out/ckpt.npz", "--steps", "2", "--group", "2"]):
-        code, out, err = run(folder, "mlx", *args, "--out", "out", *more)
+    weights = []
+    for more in (["--steps", "1"], ["--beta", "0"], ["--beta", "5"]):
+        rl = "--task rl --init out/ckpt.npz --steps 3 --group 2 --out two".split() * (len(weights) > 0)
+        code, out, err = run(folder, "mlx", *args, *rl, *more)
         figures = json.loads(out.splitlines()[-1].removeprefix("result "))
-        assert code == 0 and ("accuracy" in figures) == ("--group" not in more), err
-    assert "reward" in figures and "reward_before" in figures
+        assert code == 0 and {"reward", "reward_before"} <= {*figures} if rl else "accuracy" in figures, err
+        with np.load(folder / figures["files"][0]) as f:
+            weights.append(f["wte.weight"])
+    assert (weights[1] != weights[2]).any()
 
 
 def test_optimizers_and_shapes_of_the_command_line(tmp_path):
