@@ -342,14 +342,22 @@ def load_messages(path):
     if not dialogues:
         fail(f"{path} has no dialogue in it")
     return dialogues
+
+
 def draw_sum(rng, held_out=False):
-    """A question for a sum or a difference below a hundred, and the answer; a tenth of them all is held out."""
+    """A sum or difference below a hundred: question, answer, result; a tenth of all is held out.
+
+    The answer is worked out aloud, tens before ones, 17+20=37+5=42: each step is easier to learn than the whole.
+    """
     while True:
         a, b, minus = map(int, rng.integers(0, (100, 100, 2)))
         low, high = sorted((a, b))
         if held_out == ((200 * high + 2 * low + minus) * 2654435761 % 2**32 % 10 == 0):
-            sides = (f"{high} minus {low}", high - low) if minus else (f"{a} plus {b}", a + b)
-            return f"What is {sides[0]}?", str(sides[1])
+            break
+    a, b, word, sign, way = (high, low, "minus", "-", -1) if minus else (a, b, "plus", "+", 1)
+    tens, ones = b // 10 * 10, b % 10
+    answer = f"{a}{sign}{tens}={a + way * tens}{sign}{ones}={a + way * b}"
+    return f"What is {a} {word} {b}?", answer, str(a + way * b)
 
 
 def draw_dialogue(rng):
@@ -358,9 +366,9 @@ def draw_dialogue(rng):
     messages = []
     for kind in rng.integers(0, 6, rng.integers(1, 4)):
         word, other = rng.permutation(pairs[rng.integers(len(pairs))])
-        asked = f"What is the opposite of {word}?", str(other)
-        asked = [asked, (f"Spell {word}.", "-".join(word)), TALK[rng.integers(len(TALK))], *[draw_sum(rng)] * 3][kind]
-        messages += zip(("user", "assistant"), asked)
+        kinds = [(f"What is the opposite of {word}?", str(other)), (f"Spell {word}.", "-".join(word))]
+        kinds += [TALK[rng.integers(len(TALK))], *[draw_sum(rng)[:2]] * 3]
+        messages += zip(("user", "assistant"), kinds[kind])
     return messages
 
 
@@ -369,39 +377,43 @@ def render(tokenizer, dialogue, answer=False):
 
     A message is its role, a line's end, its content and END. With `answer` the assistant is about to speak.
     """
-    parts = [part for role, content in dialogue for part in ((f"{role}\n", 0), (content, role == "assistant"),
-             (END, role == "assistant"))] + [("assistant\n", 0)] * answer  # fmt: skip
+    parts = []
+    for role, content in dialogue:
+        own = int(role == "assistant")
+        parts += [(f"{role}\n", 0), (content, own), (END, own)]
+    parts += [("assistant\n", 0)] * answer
     ids = [tokenizer.encode(text) for text, _ in parts]
     return np.concatenate(ids), np.repeat([own for _, own in parts], list(map(len, ids)))
 
 
 def reply(trainer, tokenizer, prompts, temperature, seed):
     """What is said to prompts of one length (B, T): tokens (B, n), and which of them are the answer, END included."""
-    said, ends = [], []
-    for token in trainer.generate(prompts, 8, temperature, seed=seed):
-        said.append(token)
-        ends.append(token == tokenizer.encode(END)[0])
-        if np.any(ends, 0).all():
+    end, said, done = tokenizer.encode(END)[0], [], False
+    for token in trainer.generate(prompts, 20, temperature, seed=seed):
+        said, done = [*said, token], done | (token == end)
+        if done.all():
             break
-    said, ends = np.stack(said, 1), np.stack(ends, 1)
+    said = np.stack(said, 1)
+    ends = said == end
     return said, ends.cumsum(1) - ends == 0
 
 
-def grade(tokenizer, said, own, answers):
-    """1 for each answer (a row of what reply gave) that is the expected text, and nothing but it; 0 for others."""
+def grade(tokenizer, said, own, results):
+    """1 for each answer (a row of what reply gave) whose end, behind the last =, is the right result; 0 for others."""
     texts = [b"".join(tokenizer.decode(int(i)) for i in row[mine]) for row, mine in zip(said, own)]
-    return np.array([text == (answer + END).encode() for text, answer in zip(texts, answers)], np.float32)
+    ends = [text.split(b"=")[-1].decode("utf-8", "replace") for text in texts]
+    return np.array([end == result + END for end, result in zip(ends, results)], np.float32)
 
 
 def share_right(trainer, tokenizer, n, temperature, seed):
     """The share of n sums, which were not trained on, that are answered rightly."""
     rng, right = np.random.default_rng((seed, 4)), 0.0
     asked = [draw_sum(rng, held_out=True) for _ in range(n)]
-    prompts = [render(tokenizer, [("user", question)], answer=True)[0] for question, _ in asked]
+    prompts = [render(tokenizer, [("user", question)], answer=True)[0] for question, *_ in asked]
     for length in sorted(set(map(len, prompts))):  # those of one length are answered at once
         some = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
         said, own = reply(trainer, tokenizer, np.stack([prompts[i] for i in some]), temperature, seed)
-        right += grade(tokenizer, said, own, [asked[i][1] for i in some]).sum()
+        right += grade(tokenizer, said, own, [asked[i][-1] for i in some]).sum()
     return float(right / n)
 
 
@@ -505,16 +517,16 @@ class Reward(Chat):
     def batch(self, step):
         args, tokenizer, asked, rng = self.args, self.tokenizer, [], np.random.default_rng((self.args.seed, step, 1))
         while len(asked) < args.batch_size // args.group:
-            question, answer = draw_sum(rng)
+            question, _, result = draw_sum(rng)
             prompt = render(tokenizer, [("user", question)], answer=True)[0]
             if not asked or len(prompt) == len(asked[0][0]):  # all of one length
-                asked.append((prompt, answer))
-        prompts, answers = (np.repeat(side, args.group, 0) for side in zip(*asked))
+                asked.append((prompt, result))
+        prompts, results = (np.repeat(side, args.group, 0) for side in zip(*asked))
         said, own = reply(self.trainer, tokenizer, prompts, 1.0, args.seed + 1_000_003 * (step + 1))
         ids, own = np.append(prompts, said, 1), np.append(np.zeros_like(prompts), own, 1)[:, 1:]
         x, y = ids[:, :-1], ids[:, 1:]
         log_ratio = ((self.trainer.log_prob(x, y) - self.reference.log_prob(x, y)) * own).sum(1)
-        worth = advantages(grade(tokenizer, ids[:, 1:], own == 1, answers), log_ratio, args.group, args.beta)
+        worth = advantages(grade(tokenizer, ids[:, 1:], own == 1, results), log_ratio, args.group, args.beta)
         return x, y, (own * worth[:, None]).astype(np.float32)
 
     def evaluate(self, whole=False):

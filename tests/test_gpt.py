@@ -433,10 +433,12 @@ def test_dialogues():
     dialogues = [TRAIN.draw_dialogue(rng) for _ in range(500)]
     held_out = [TRAIN.draw_sum(rng, held_out=True) for _ in range(500)]
     seen = {text for dialogue in dialogues for _, text in dialogue}
-    for question, answer in held_out:
+    for question, answer, result in held_out:
         a, sign, b = question.removeprefix("What is ").removesuffix("?").split()
         other = f"What is {b} plus {a}?"  # the same sum
-        assert int(answer) == (int(a) - int(b) if sign == "minus" else int(a) + int(b))
+        assert int(result) == (int(a) - int(b) if sign == "minus" else int(a) + int(b))
+        first, second, end = answer.split("=")
+        assert end == result and eval(first) == int(re.match(r"\d+", second)[0]) and eval(second) == int(result)
         assert question not in seen and (sign == "minus" or other not in seen)
     letters = TRAIN.Characters("".join(sorted(set("assistant user" + TRAIN.string.printable + TRAIN.END))))
     args = argparse.Namespace(block_size=90, data=None, seed=0, batch_size=4)
