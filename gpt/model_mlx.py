@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 
 @dataclass
@@ -57,6 +57,10 @@ class KVCache:
         end = self.length + kv.shape[3]
         self.kv[layer][:, :, :, self.length : end] = kv
         return self.kv[layer][:, :, :, :end]
+
+    def reorder(self, rows):
+        """Go on from these rows (B,) of the batch: the beginnings that a beam search keeps."""
+        self.kv = [kv[:, rows] for kv in self.kv]
 
 
 class CausalSelfAttention(nn.Module):
@@ -125,9 +129,48 @@ class GPT(nn.Module):
         return self.ln_f(x) @ self.wte.weight.T  # the head is tied to the embedding
 
 
-def loss_fn(logits, targets):
-    """The mean -log p of the targets (B, T) under the logits (B, T, V), in nats a token."""
-    return nn.losses.cross_entropy(logits, targets, reduction="mean")
+def log_prob(logits, targets):
+    """log p of the targets (B, T) under the logits (B, T, V), in nats."""
+    return -nn.losses.cross_entropy(logits, targets, reduction="none")
+
+
+def loss_fn(logits, targets, weights=None):
+    """The mean -log p of the targets (B, T), in nats a token; or the sum of -log p times weights (B, T)."""
+    nll = -log_prob(logits, targets)
+    return nll.mean() if weights is None else (nll * weights).sum()
+
+
+class BuiltinGPT(nn.Module):
+    """The same on the framework's own layers, with the weights of a GPT: it gives the same logits.
+
+    A GPT is called a decoder, yet its layers are those of nn.TransformerEncoder: a layer of nn.TransformerDecoder has a
+    second attention, to what an encoder has read of another text, and here is no other text. What makes a decoder of it
+    is the mask alone: no position sees those after it.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.wte, self.wpe, c = model.wte, model.wpe, model.config
+        gelu, order = nn.gelu_approx, dict(norm_first=True)
+        self.encoder = nn.TransformerEncoder(c.n_layer, c.n_embd, c.n_head, 4 * c.n_embd, c.dropout, gelu, **order)
+        for layer in self.encoder.layers:  # whose attention has no biases
+            layer.attention = nn.MultiHeadAttention(c.n_embd, c.n_head, bias=True)
+        names = {"h.": "layers.", "attn.c_proj": "attention.out_proj",
+                 "mlp.c_fc": "linear1", "mlp.c_proj": "linear2", "ln_f": "ln", "ln_": "ln"}  # fmt: skip
+        theirs = {}
+        for name, w in tree_flatten(model.parameters()):
+            for ours, other in names.items():
+                name = name.replace(ours, other)
+            for kind, part in zip(("query", "key", "value"), mx.split(w, 3) if "c_attn" in name else [w]):
+                theirs[name.replace("attn.c_attn", f"attention.{kind}_proj")] = part
+        own = dict(tree_flatten(self.encoder.parameters()))  # biases that ours may not have are 0
+        self.encoder.update(tree_unflatten([(name, theirs.get(name, mx.zeros_like(p))) for name, p in own.items()]))
+
+    def __call__(self, idx):
+        """idx (B, T) -> logits (B, T, V)"""
+        x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]
+        mask = nn.MultiHeadAttention.create_additive_causal_mask(idx.shape[1])  # 0 or, for what is ahead, nearly -inf
+        return self.encoder(x, mask) @ self.wte.weight.T
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
@@ -162,6 +205,20 @@ def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
         new = sample(model(new, cache)[:, -1], u_i, temperature, top_k, top_p)[:, None]
         idx = mx.concatenate([idx, new], axis=1)[:, -block_size:]
         yield new[:, 0]
+
+
+def beam_search(model, idx, n, beam):
+    """The likeliest n tokens (n,) after the prompt idx (1, T), nearly: at each length the `beam` best are kept."""
+    cache, V = KVCache(model, beam), model.config.vocab_size
+    new, tokens = mx.repeat(idx, beam, axis=0), mx.zeros((beam, 0), idx.dtype)
+    logp = mx.array([0.0] + [-math.inf] * (beam - 1))[:, None]  # at first, one beginning
+    for _ in range(n):
+        total = (logp + nn.log_softmax(model(new, cache)[:, -1], -1)).reshape(-1)  # (beam V,)
+        best = mx.argsort(-total)[:beam]
+        rows, new, logp = best // V, best[:, None] % V, total[best][:, None]
+        tokens = mx.concatenate([tokens[rows], new], axis=1)
+        cache.reorder(rows)
+    return tokens[0]
 
 
 # ---- optimizers: p parameter, g gradient, m and v running moments (zeros at first), t = 1, 2, ... --------------------
@@ -236,32 +293,60 @@ def devices():
     return ["gpu", "cpu"] if mx.is_available(mx.gpu) else ["cpu"]
 
 
-class Trainer:
-    """A GPT and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+def join():
+    """(rank, size): which of how many processes this is; (0, 1) unless mlx.launch started it."""
+    group = mx.distributed.init()
+    return group.rank(), group.size()
 
-    def __init__(self, config, seed=0, device=None):
+
+class Trainer:
+    """A GPT and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them.
+
+    accumulate: the parts that a batch is computed in, one after the other, where it is too large for the memory;
+    dtype: what the forward and backward pass are computed in, "float32" or "bfloat16"; the weights stay float32.
+    """
+
+    def __init__(self, config, seed=0, device=None, accumulate=1, dtype="float32", compile=False):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
+        self.accumulate, self.dtype, (self.rank, self.size) = accumulate, getattr(mx, dtype), join()
         mx.set_default_device(getattr(mx, self.device))
         self.model = GPT(config)
         init_weights(self.model, seed)
         self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
         self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
 
-    def arrays(self, *ids):
-        """Numpy to the framework. Tokens are checked first: MLX would read past the end of an array without a word."""
-        if any(a.min() < 0 or a.max() >= self.config.vocab_size for a in ids):
-            raise ValueError(f"a token is outside 0 ... {self.config.vocab_size - 1}")
-        return [mx.array(a) for a in ids]
+        def loss(params, x, y, weights):
+            self.model.update(tree_unflatten([(name, p.astype(self.dtype)) for name, p in params.items()]))
+            return loss_fn(self.model(x).astype(mx.float32), y, weights)
 
-    def step(self, x, y, lr):
-        """One update on x (B, T) int64 and y, x moved on by one; returns {"loss"}, nats a token before the update."""
-        x, y = self.arrays(x, y)
+        self.loss_and_grads = mx.value_and_grad(loss)
+        if compile:  # the state of the random numbers is for dropout
+            self.loss_and_grads = mx.compile(self.loss_and_grads, inputs=mx.random.state, outputs=mx.random.state)
+
+    def arrays(self, *arrays):
+        """Numpy to the framework. Tokens are checked first: MLX would read past the end of an array without a word."""
+        if any(a.dtype.kind == "i" and (a.min() < 0 or a.max() >= self.config.vocab_size) for a in arrays):
+            raise ValueError(f"a token is outside 0 ... {self.config.vocab_size - 1}")
+        return [mx.array(a) for a in arrays]
+
+    def step(self, x, y, weights=None, *, lr):
+        """One update on x (B, T) int64 and y, the tokens that follow; returns {"loss"}, before the update.
+
+        The loss is the mean of -log p(y), in nats a token, or its sum times weights (B, T) float32.
+        """
+        weights = np.full(y.shape, 1 / y.size, np.float32) if weights is None else weights
         self.t += 1
-        mx.random.seed(self.seed + 1_000_003 * self.t)  # for dropout, the one thing that the framework draws
+        mx.random.seed(self.seed + 1_000_003 * self.t + self.rank)  # for dropout, all that the framework draws
         self.model.train()
-        loss, grads = nn.value_and_grad(self.model, lambda x, y: loss_fn(self.model(x), y))(x, y)
-        grads, _ = optim.clip_grad_norm(grads, 1.0)
-        grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
+        params, grads = dict(tree_flatten(self.model.parameters())), None
+        loss, parts = 0.0, np.array_split(np.arange(self.rank, len(x), self.size), self.accumulate)
+        for part in parts:  # of this process's rows; times size, for of the processes' gradients the mean is taken
+            some = self.arrays(x[part], y[part], weights[part] * self.size)
+            more, part_grads = self.loss_and_grads(params, *some)
+            loss, grads = loss + more, tree_map(mx.add, grads, part_grads) if grads else part_grads
+            mx.eval(loss, grads)  # MLX is lazy: here the part is computed, and its memory free for the next
+        loss = mx.distributed.all_sum(loss / self.size)
+        grads, _ = optim.clip_grad_norm(dict(tree_flatten(nn.average_gradients(grads))), 1.0)
         for name, p in params.items():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
             if self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("h."):  # the matrices of the blocks
@@ -270,14 +355,20 @@ class Trainer:
                 moments = self.m[name], self.v[name]
                 params[name], self.m[name], self.v[name] = adamw(p, grads[name], *moments, lr, self.t, decay)
         self.model.update(tree_unflatten(list(params.items())))
-        mx.eval(loss, params, self.m, self.v)  # MLX is lazy: here the step is computed
+        mx.eval(loss, params, self.m, self.v)
         return {"loss": loss}
 
-    def evaluate(self, x, y):
-        """{"val_loss"} in nats a token on x (B, T) and y, x moved on by one."""
+    def evaluate(self, x, y, weights=None):
+        """{"val_loss"}: the loss of step on data held out."""
+        x, y, *weights = self.arrays(x, y, *([] if weights is None else [weights]))
+        self.model.eval()
+        return {"val_loss": loss_fn(self.model(x), y, *weights)}
+
+    def log_prob(self, x, y):
+        """log p of each token of y (B, T) after those of x (B, T) so far, numpy (B, T)."""
         x, y = self.arrays(x, y)
         self.model.eval()
-        return {"val_loss": loss_fn(self.model(x), y)}
+        return np.array(log_prob(self.model(x), y))
 
     def generate(self, prompt, n, temperature=1.0, top_k=None, top_p=1.0, seed=0):
         """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
@@ -286,6 +377,11 @@ class Trainer:
         self.model.eval()
         for token in generate(self.model, idx, u, temperature, top_k, top_p):
             yield np.array(token)
+
+    def search(self, prompt, n, beam):
+        """The likeliest n tokens after prompt (1, T) int64 by beam search, numpy (n,); T + n <= block_size."""
+        self.model.eval()
+        return np.array(beam_search(self.model, *self.arrays(prompt), n, beam))
 
     def save(self, path, step, **extra):
         """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""

@@ -14,9 +14,11 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -56,6 +58,10 @@ class KVCache:
         end = self.length + kv.shape[3]
         self.kv[layer][:, :, :, self.length : end] = kv
         return self.kv[layer][:, :, :, :end]
+
+    def reorder(self, rows):
+        """Go on from these rows (B,) of the batch: the beginnings that a beam search keeps."""
+        self.kv = [kv[:, rows] for kv in self.kv]
 
 
 class CausalSelfAttention(nn.Module):
@@ -126,9 +132,46 @@ class GPT(nn.Module):
         return self.ln_f(x) @ self.wte.weight.T  # the head is tied to the embedding
 
 
-def loss_fn(logits, targets):
-    """The mean -log p of the targets (B, T) under the logits (B, T, V), in nats a token."""
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+def log_prob(logits, targets):
+    """log p of the targets (B, T) under the logits (B, T, V), in nats."""
+    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").reshape(targets.shape)
+
+
+def loss_fn(logits, targets, weights=None):
+    """The mean -log p of the targets (B, T), in nats a token; or the sum of -log p times weights (B, T)."""
+    nll = -log_prob(logits, targets)
+    return nll.mean() if weights is None else (nll * weights).sum()
+
+
+class BuiltinGPT(nn.Module):
+    """The same on the framework's own layers, with the weights of a GPT: it gives the same logits.
+
+    A GPT is called a decoder, yet its layers are those of nn.TransformerEncoder: a layer of nn.TransformerDecoder has a
+    second attention, to what an encoder has read of another text, and here is no other text. What makes a decoder of it
+    is the mask alone: no position sees those after it.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.wte, self.wpe, c = model.wte, model.wpe, model.config
+        gelu, order = partial(F.gelu, approximate="tanh"), dict(norm_first=True, batch_first=True)
+        layer = nn.TransformerEncoderLayer(c.n_embd, c.n_head, 4 * c.n_embd, c.dropout, gelu, **order)
+        self.encoder = nn.TransformerEncoder(layer, c.n_layer, nn.LayerNorm(c.n_embd), enable_nested_tensor=False)
+        names = {"h.": "layers.", "attn.c_attn.": "self_attn.in_proj_", "attn.c_proj": "self_attn.out_proj",
+                 "mlp.c_fc": "linear1", "mlp.c_proj": "linear2", "ln_f": "norm", "ln_": "norm"}  # fmt: skip
+        theirs = {}
+        for name, w in model.named_parameters():
+            for ours, other in names.items():
+                name = name.replace(ours, other)
+            theirs[name] = w
+        for name, p in self.encoder.named_parameters():  # biases that ours may not have are 0
+            p.data.copy_(theirs.get(name, torch.zeros_like(p)))
+
+    def forward(self, idx):
+        """idx (B, T) -> logits (B, T, V)"""
+        x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(idx.shape[1], idx.device)  # 0 or, for what is ahead, -inf
+        return self.encoder(x, mask, is_causal=True) @ self.wte.weight.T
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
@@ -163,6 +206,21 @@ def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
         new = sample(model(new, cache)[:, -1], u_i, temperature, top_k, top_p)[:, None]
         idx = torch.cat([idx, new], dim=1)[:, -block_size:]
         yield new[:, 0]
+
+
+@torch.inference_mode()
+def beam_search(model, idx, n, beam):
+    """The likeliest n tokens (n,) after the prompt idx (1, T), nearly: at each length the `beam` best are kept."""
+    cache, V = KVCache(model, beam), model.config.vocab_size
+    new, tokens = idx.expand(beam, -1), idx.new_zeros(beam, 0)
+    logp = torch.tensor([0.0] + [-math.inf] * (beam - 1), device=idx.device)[:, None]  # at first, one beginning
+    for _ in range(n):
+        total = (logp + torch.log_softmax(model(new, cache)[:, -1], -1)).reshape(-1)  # (beam V,)
+        best = total.argsort(descending=True, stable=True)[:beam]
+        rows, new, logp = best // V, best[:, None] % V, total[best][:, None]
+        tokens = torch.cat([tokens[rows], new], dim=1)
+        cache.reorder(rows)
+    return tokens[0]
 
 
 # ---- optimizers: p parameter, g gradient, m and v running moments (zeros at first), t = 1, 2, ... --------------------
@@ -238,31 +296,58 @@ def devices():
     return [name for name, there in found.items() if there]
 
 
-class Trainer:
-    """A GPT and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+def join():
+    """(rank, size): which of how many processes this is; (0, 1) unless torchrun started it."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    def __init__(self, config, seed=0, device=None):
+
+class Trainer:
+    """A GPT and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them.
+
+    accumulate: the parts that a batch is computed in, one after the other, where it is too large for the memory;
+    dtype: what the forward and backward pass are computed in, "float32" or "bfloat16"; the weights stay float32.
+    """
+
+    def __init__(self, config, seed=0, device=None, accumulate=1, dtype="float32", compile=False):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
+        self.accumulate, self.dtype, (self.rank, self.size) = accumulate, getattr(torch, dtype), join()
+        if self.device == "cuda" and self.size > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.model = GPT(config).to(self.device)
         init_weights(self.model, seed)
         self.m = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
         self.v = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
+        self.net = torch.compile(self.model) if compile else self.model  # the same weights
+        self.net = nn.parallel.DistributedDataParallel(self.net) if self.size > 1 else self.net
 
-    def arrays(self, *ids):
+    def arrays(self, *arrays):
         """Numpy to the framework. Tokens are checked first: MLX would read past the end of an array without a word."""
-        if any(a.min() < 0 or a.max() >= self.config.vocab_size for a in ids):
+        if any(a.dtype.kind == "i" and (a.min() < 0 or a.max() >= self.config.vocab_size) for a in arrays):
             raise ValueError(f"a token is outside 0 ... {self.config.vocab_size - 1}")
-        return [torch.from_numpy(a).to(self.device) for a in ids]
+        return [torch.from_numpy(a).to(self.device) for a in arrays]
 
-    def step(self, x, y, lr):
-        """One update on x (B, T) int64 and y, x moved on by one; returns {"loss"}, nats a token before the update."""
-        x, y = self.arrays(x, y)
+    def step(self, x, y, weights=None, *, lr):
+        """One update on x (B, T) int64 and y, the tokens that follow; returns {"loss"}, before the update.
+
+        The loss is the mean of -log p(y), in nats a token, or its sum times weights (B, T) float32.
+        """
+        weights = np.full(y.shape, 1 / y.size, np.float32) if weights is None else weights
         self.t += 1
-        torch.manual_seed(self.seed + 1_000_003 * self.t)  # for dropout, the one thing that the framework draws
+        torch.manual_seed(self.seed + 1_000_003 * self.t + self.rank)  # for dropout, all that the framework draws
         self.model.train()
         self.model.zero_grad()
-        loss = loss_fn(self.model(x), y)
-        loss.backward()
+        loss, parts = 0.0, np.array_split(np.arange(self.rank, len(x), self.size), self.accumulate)
+        for part in parts:  # of this process's rows; times size, for of the processes' gradients the mean is taken
+            some = self.arrays(x[part], y[part], weights[part] * self.size)
+            self.net.require_backward_grad_sync = part is parts[-1]  # which takes time: once a step
+            with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+                more = loss_fn(self.net(some[0]).float(), *some[1:])
+            more.backward()
+            loss = loss + more.detach()
+        if self.size > 1:
+            dist.all_reduce(loss.div_(self.size))
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for name, p in self.model.named_parameters():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
@@ -270,14 +355,21 @@ class Trainer:
                 muon(p, p.grad, self.m[name], lr, decay)
             else:
                 adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
-        return {"loss": loss.detach()}
+        return {"loss": loss}
 
     @torch.no_grad()
-    def evaluate(self, x, y):
-        """{"val_loss"} in nats a token on x (B, T) and y, x moved on by one."""
+    def evaluate(self, x, y, weights=None):
+        """{"val_loss"}: the loss of step on data held out."""
+        x, y, *weights = self.arrays(x, y, *([] if weights is None else [weights]))
+        self.model.eval()
+        return {"val_loss": loss_fn(self.model(x), y, *weights)}
+
+    @torch.no_grad()
+    def log_prob(self, x, y):
+        """log p of each token of y (B, T) after those of x (B, T) so far, numpy (B, T)."""
         x, y = self.arrays(x, y)
         self.model.eval()
-        return {"val_loss": loss_fn(self.model(x), y)}
+        return log_prob(self.model(x), y).cpu().numpy()
 
     def generate(self, prompt, n, temperature=1.0, top_k=None, top_p=1.0, seed=0):
         """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
@@ -286,6 +378,11 @@ class Trainer:
         self.model.eval()
         for token in generate(self.model, idx, u, temperature, top_k, top_p):
             yield token.cpu().numpy()
+
+    def search(self, prompt, n, beam):
+        """The likeliest n tokens after prompt (1, T) int64 by beam search, numpy (n,); T + n <= block_size."""
+        self.model.eval()
+        return beam_search(self.model, *self.arrays(prompt), n, beam).cpu().numpy()
 
     def save(self, path, step, **extra):
         """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""

@@ -1,18 +1,31 @@
 """gpt/ against GPT-2 as transformers computes it and against the frameworks' own layers; the cache; sampling; Muon."""
 
+import argparse
+import importlib.util
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as mlx_nn
 import mlx.optimizers as mlx_optim
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from folders import BACKENDS, copy_alone, load, make_trainer, run
+from folders import BACKENDS, FOLDERS, ROOT, batches, copy_alone, environment, load, make_trainer, run, start
+from mlx.utils import tree_flatten
 
 GOLDEN = Path(__file__).parent / "golden/gpt2-tiny"
 TORCH, MLX = load("gpt", "torch"), load("gpt", "mlx")
+SPEC = importlib.util.spec_from_file_location("gpt_train", ROOT / "gpt/train.py")
+TRAIN = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(TRAIN)
 
 
 def array(backend, x):
@@ -28,28 +41,12 @@ def randomised(backend, **changes):
     return net, model
 
 
-def read_safetensors(path):
-    """Eight bytes of length, a JSON header, the numbers."""
-    raw = path.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + size])
-    header.pop("__metadata__", None)
-    return {
-        name: np.frombuffer(raw[8 + size :][slice(*entry["data_offsets"])], np.float32).reshape(entry["shape"])
-        for name, entry in header.items()
-    }
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_golden(backend):
-    """Weights of the released layout, logits and greedy tokens as transformers 5.23 computes them."""
-    net, c = load("gpt", backend), json.loads((GOLDEN / "config.json").read_text())
-    config = net.Config(c["n_positions"], c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"])
-    trainer = net.Trainer(config, device="cpu")
-    weights = {}
-    for name, w in read_safetensors(GOLDEN / "model.safetensors").items():
-        conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # these are stored (in, out)
-        weights[name.removeprefix("transformer.")] = w.T.copy() if conv1d else w.copy()
+def test_golden(backend, tmp_path):
+    """Weights of the released layout, logits and greedy tokens as transformers 5.23 computes them; and the way back."""
+    net = load("gpt", backend)
+    meta, weights = TRAIN.read_model(GOLDEN)
+    trainer = net.Trainer(net.Config(**meta["config"]), device="cpu")
     net.set_weights(trainer.model, weights)
     with np.load(GOLDEN / "expected.npz") as expected:
         ids, logits, greedy = expected["ids"].astype(np.int64), expected["logits"], expected["greedy"]
@@ -58,23 +55,99 @@ def test_golden(backend):
     np.testing.assert_allclose(ours, logits, atol=1e-4, rtol=0)
     new = [int(token[0]) for token in trainer.generate(ids[:1, :5], 12, temperature=0)]
     assert [*ids[0, :5], *new] == greedy.tolist()
+    meta["config"] = vars(trainer.config)
+    TRAIN.export_gpt2(tmp_path, meta, net.get_weights(trainer.model))
+    there, back = dict(TRAIN.read_safetensors(GOLDEN)), dict(TRAIN.read_safetensors(tmp_path))
+    assert there.keys() == back.keys() and all((back[name] == w).all() for name, w in there.items())
+    theirs, own = (json.loads((folder / "config.json").read_text()) for folder in (GOLDEN, tmp_path))
+    same = {"model_type", "architectures", "n_positions", "vocab_size", "n_layer", "n_head", "n_embd"}
+    assert all(own[name] == theirs[name] for name in same)
 
 
-def test_against_torch_layers():
-    """The same weights in torch's own pre-norm TransformerEncoderLayer with a causal mask give the same logits."""
-    net, model = randomised("torch")
-    idx, w = torch.randint(0, 29, (3, 24), generator=torch.Generator().manual_seed(0)), dict(model.named_parameters())
-    x = w["wte.weight"][idx] + w["wpe.weight"]
-    for i in range(2):
-        layer = nn.TransformerEncoderLayer(16, 2, 64, 0.0, lambda x: nn.functional.gelu(x, approximate="tanh"),
-                                           batch_first=True, norm_first=True)  # fmt: skip
-        names = {"self_attn.in_proj_": "attn.c_attn.", "self_attn.out_proj.": "attn.c_proj.", "norm1.": "ln_1."}
-        names |= {"linear1.": "mlp.c_fc.", "linear2.": "mlp.c_proj.", "norm2.": "ln_2."}
-        pairs = [(theirs, f"h.{i}.{ours}") for theirs, ours in names.items()]
-        layer.load_state_dict({theirs + kind: w[ours + kind] for theirs, ours in pairs for kind in ("weight", "bias")})
-        x = layer(x, src_mask=nn.Transformer.generate_square_subsequent_mask(24), is_causal=True)
-    expected = nn.functional.layer_norm(x, (16,), w["ln_f.weight"], w["ln_f.bias"]) @ w["wte.weight"].T
-    torch.testing.assert_close(model(idx), expected, atol=1e-4, rtol=1e-4)
+def test_shards_and_types(tmp_path):
+    """Several files, half precision, mask buffers, a head of its own and names without a prefix: all are read."""
+    weights = dict(TRAIN.read_safetensors(GOLDEN))
+    parts = [{}, {"h.0.attn.bias": np.ones((1, 1, 32, 32)), "lm_head.weight": weights["transformer.wte.weight"]}]
+    for i, (name, w) in enumerate(weights.items()):
+        parts[i % 2][name.removeprefix("transformer.")] = w
+    for i, part in enumerate(parts):
+        header, data = {}, b""
+        for name, w in part.items():
+            raw = w.astype("f2").tobytes() if i else (w.view(np.uint32) >> 16).astype("u2").tobytes()
+            place = [len(data), len(data) + len(raw)]
+            header[name] = {"dtype": ["BF16", "F16"][i], "shape": w.shape, "data_offsets": place}
+            data += raw
+        header = json.dumps(header).encode()
+        (tmp_path / f"model-{i}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    (tmp_path / "config.json").write_bytes((GOLDEN / "config.json").read_bytes())
+    whole, halves = TRAIN.read_model(GOLDEN)[1], TRAIN.read_model(tmp_path)[1]
+    assert whole.keys() == halves.keys()
+    for name, w in whole.items():
+        np.testing.assert_allclose(halves[name], w, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_beam_search(backend):
+    """As wide as there are continuations it finds the likeliest of them; a beam of 1 is greedy."""
+    net, model = randomised(backend, vocab_size=5, block_size=8)
+    prompt = np.array([[1, 4, 2]])
+    every = np.array(list(np.ndindex(5, 5, 5)))  # (125, 3)
+    idx = np.concatenate([prompt.repeat(125, 0), every], 1)
+    logits = np.array(model(array(backend, idx)).tolist())[:, 2:-1]
+    logp = np.take_along_axis(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), every[..., None], -1).sum((1, 2))
+
+    def search(beam):
+        return np.array(net.beam_search(model, array(backend, prompt), 3, beam).tolist())
+
+    greedy = net.generate(model, array(backend, prompt), array(backend, np.zeros((3, 1), np.float32)), 0)
+    greedy = [token.tolist()[0] for token in greedy]
+    assert (search(125) == every[logp.argmax()]).all() and search(1).tolist() == greedy
+    found = [logp[(every == search(beam)).all(1).argmax()] for beam in (1, 5, 125)]
+    assert found[0] < found[2] and found[1] <= found[2]
+
+
+def test_bpe():
+    """The merges of the paper's algorithm, and a text that comes back; the tokens are worth their place."""
+    kind, known = TRAIN.learn_tokenizer("bpe", TRAIN.load_text(None), 100)
+    ranks = {bytes.fromhex(token): rank for rank, token in enumerate(known)}
+    assert kind == "bpe" and len(ranks) == 356 and {b" the", b" is"} < set(ranks) and ranks[b"a"] == ord("a")
+    tokenizer, text = TRAIN.make_tokenizer(kind, known), "The na\u00efve \u4e2d class\n\n  returns 12."
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.decode, ids.tolist())).decode() == text and tokenizer.vocab_size == 356
+    assert len(tokenizer.encode(TRAIN.load_text(None)[:5000])) < 3500
+
+
+def test_stop_strings():
+    """The text ends before the first stop string, also where that is spread over tokens, and nothing else is lost."""
+    letters = TRAIN.Characters("abcdefgh")
+
+    def streamed(text, *stop):
+        class Said:
+            def generate(self, ids, *_):
+                yield from letters.encode(text)[:, None]
+
+        args = argparse.Namespace(beam=1, tokens=9, temperature=1, top_k=None, top_p=1, seed=0, stop=stop)
+        return "".join(TRAIN.stream(Said(), letters, letters.encode("a"), args))
+
+    assert streamed("abcabdh") == "abcabdh" and streamed("abcabdh", "abd") == "abc"
+    assert streamed("abcabdh", "h", "bd") == "abca" and streamed("abcab", "abd") == "abcab"
+    assert streamed("abc", "a") == "" and streamed("fabcb", "bcd", "cb", "gg") == "fab"
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="GPT-2's tokens may have to be downloaded")
+def test_gpt2_tokens():
+    tokenizer = TRAIN.make_tokenizer("gpt2", None)
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995] and tokenizer.vocab_size == 50257
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_builtin(backend, bias):
+    """The framework's own layers of an encoder, with a causal mask, give the same logits; and not without the mask."""
+    net, model = randomised(backend, bias=bias)
+    idx = np.random.default_rng(0).integers(0, 29, (3, 24))
+    ours, theirs = model(array(backend, idx)), net.BuiltinGPT(model)(array(backend, idx))
+    np.testing.assert_allclose(theirs.tolist(), ours.tolist(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -225,6 +298,65 @@ def test_dropout(backend):
     assert a[0] == without[0] and len(set(without)) == 1 or np.ptp(without) < 1e-6
 
 
+def losses(backend, i=0, n=6, **options):
+    """The losses of n steps of a small GPT."""
+    net, batch = load("gpt", backend), batches("gpt", i, n)
+    trainer = net.Trainer(net.Config(**FOLDERS["gpt"].configs[i]), device="cpu", **options)
+    return [float(trainer.step(*arrays, lr=0.01)["loss"]) for arrays in batch], trainer
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulate(backend):
+    """A batch in three uneven parts gives the losses of the whole; so does one with weights."""
+    np.testing.assert_allclose(losses(backend, accumulate=3)[0], losses(backend)[0], rtol=1e-5)
+    weights = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    whole, parts = losses(backend)[1], losses(backend, accumulate=4)[1]
+    for x, y in batches("gpt", 0, 3):
+        a, b = (float(trainer.step(x, y, weights, lr=0.01)["loss"]) for trainer in (whole, parts))
+        by_hand = -(whole.log_prob(x, y) * weights).sum()
+        assert a == pytest.approx(b, abs=1e-3) and abs(by_hand - a) > 0.01  # it has moved
+        assert float(whole.evaluate(x, y, weights)["val_loss"]) == pytest.approx(by_hand, abs=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16(backend):
+    """Nearly the same losses, but not the same; weights and moments stay float32."""
+    (half, trainer), (whole, _) = losses(backend, dtype="bfloat16"), losses(backend)
+    np.testing.assert_allclose(half, whole, rtol=0.01)
+    assert max(abs(a - b) for a, b in zip(half, whole)) > 1e-5
+    assert all(w.dtype == np.float32 for w in load("gpt", backend).get_weights(trainer.model).values())
+    assert all("float32" in str(m.dtype) for m in trainer.m.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile(backend, monkeypatch):
+    """The compiled step gives the same losses. Only the first half of torch's compiler: the second takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    if backend == "mlx" and not shutil.which("g++"):
+        pytest.skip("on the CPU MLX compiles with g++")
+    np.testing.assert_allclose(losses(backend, 2, 3, compile=True)[0], losses(backend, 2, 3)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_processes(backend, tmp_path):
+    """Two processes share a batch, each computes its half in two parts: the log of one process, and it once."""
+    folder = copy_alone("gpt", tmp_path / "gpt")
+    args = "--steps 6 --block-size 16 --n-layer 1 --n-embd 32 --tokens 5 --batch-size 9".split()
+    code, alone, err = run(folder, backend, *args)
+    assert code == 0, err
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    if backend == "mlx":
+        launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--", sys.executable]
+    command = [*launch, "train.py", "--backend", backend, "--device", "cpu", *args, "--accumulate", "2"]
+    both = subprocess.run(command, cwd=folder, env=environment(backend), capture_output=True, text=True)
+    assert both.returncode == 0, both.stderr
+    results = [json.loads(out[out.index("result ") + 7 :].splitlines()[0]) for out in (alone, both.stdout)]
+    figures = [re.findall(r"step +6/6  loss (.*?)  val_loss (.*?) ", out) for out in (alone, both.stdout)]
+    assert len(figures[0]) == len(figures[1]) == 1
+    np.testing.assert_allclose(*(np.array(found, float) for found in figures), atol=2e-4)
+    assert results[0]["val_loss"] == pytest.approx(results[1]["val_loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_are_checked(backend):
     trainer = make_trainer("gpt", 0, backend)
@@ -251,6 +383,96 @@ def test_tokenizer_without_its_files(tmp_path, monkeypatch):
     assert code == 2 and len(err.splitlines()) == 1 and "TIKTOKEN_CACHE_DIR" in err, err
 
 
+def gradients(backend, net, model, loss):
+    """{name: gradient} of loss() with respect to the model's parameters."""
+    if backend == "torch":
+        model.zero_grad()
+        loss().backward()
+        return {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return {name: np.array(g) for name, g in tree_flatten(mlx_nn.value_and_grad(model, loss)()[1])}
+
+
+@pytest.mark.parametrize("group", [2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_estimator(backend, group):
+    """The mean over all groups of answers, each as often as it is drawn, is the gradient of E[reward] - beta KL."""
+    net, model = randomised(backend, vocab_size=3, block_size=4)
+    _, reference = randomised(backend, vocab_size=3, block_size=4)
+    net.init_weights(reference, 1)
+    answers, rng, beta = np.array(list(np.ndindex(3, 3))), np.random.default_rng(0), 0.3  # all of two tokens
+    ids = np.append(np.tile([2, 0], (9, 1)), answers, 1)
+    x, y, own = ids[:, :-1], ids[:, 1:], np.tile(np.array([0, 1, 1], np.float32), (9, 1))
+    reward = rng.random(9).astype(np.float32)
+
+    def log_prob(model):
+        return (net.log_prob(model(array(backend, x)), array(backend, y)) * array(backend, own)).sum(-1)
+
+    ours, theirs = (np.array(log_prob(m).tolist()) for m in (model, reference))
+    weights, p = np.zeros(9), np.exp(ours)
+    assert p.sum() == pytest.approx(1, abs=1e-5) and np.ptp(p) > 0.1
+    for drawn in np.ndindex(*[9] * group):
+        i = list(drawn)
+        np.add.at(weights, i, p[i].prod() * TRAIN.advantages(reward[i], (ours - theirs)[i], group, beta))
+    weights = array(backend, (own * weights[:, None]).astype(np.float32))
+
+    def objective():
+        logp = log_prob(model)
+        worth = array(backend, reward) - beta * (logp - array(backend, theirs.astype(np.float32)))
+        return -((logp.exp() if backend == "torch" else mx.exp(logp)) * worth).sum()
+
+    expected = gradients(backend, net, model, objective)
+    got = gradients(backend, net, model, lambda: net.loss_fn(model(array(backend, x)), array(backend, y), weights))
+    for name, g in expected.items():
+        np.testing.assert_allclose(got[name], g, atol=1e-5 + 1e-4 * np.abs(g).max())
+    assert max(np.abs(g).max() for g in expected.values()) > 0.01
+
+
+def test_dialogues():
+    """Sums that are right, and those held out are never in a dialogue; only what the assistant says is learnt."""
+    rng = np.random.default_rng(0)
+    dialogues = [TRAIN.draw_dialogue(rng) for _ in range(500)]
+    held_out = [TRAIN.draw_sum(rng, held_out=True) for _ in range(500)]
+    seen = {text for dialogue in dialogues for _, text in dialogue}
+    for question, answer, result in held_out:
+        a, sign, b = question.removeprefix("What is ").removesuffix("?").split()
+        other = f"What is {b} plus {a}?"  # the same sum
+        assert int(result) == (int(a) - int(b) if sign == "minus" else int(a) + int(b))
+        first, second, end = answer.split("=")
+        assert end == result and eval(first) == int(re.match(r"\d+", second)[0]) and eval(second) == int(result)
+        assert question not in seen and (sign == "minus" or other not in seen)
+    letters = TRAIN.Characters("".join(sorted(set("assistant user" + TRAIN.string.printable + TRAIN.END))))
+    args = argparse.Namespace(block_size=90, data=None, seed=0, batch_size=4)
+    x, y, weights = TRAIN.Chat(None, letters, args, dialogues).batch(3)
+    assert x.shape == y.shape == weights.shape == (4, 90) and (x[:, 1:] == y[:, :-1]).all()
+    assert weights.sum() == pytest.approx(1) and len(np.unique(weights)) == 2
+    for row, weight in zip(y, weights):
+        text = "".join(letters.decode(i).decode() for i in row)
+        learnt = "".join(letters.decode(i).decode() for i in row[weight > 0])
+        said = [part.split("\n", 1)[1] for part in text.split(TRAIN.END) if part.startswith("assistant\n")]
+        assert TRAIN.END.join(said).startswith(learnt.rstrip(TRAIN.END)) and len(learnt) >= len("".join(said))
+
+
+def test_chat_and_reward(tmp_path):
+    """Dialogues of the user's own are learnt by heart, answered in the terminal, and then rewarded."""
+    folder = copy_alone("gpt", tmp_path / "gpt")
+    own = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me,\nmyself."}]
+    (folder / "own.jsonl").write_text("".join([json.dumps({"messages": own}) + "\n"] * 10), encoding="utf-8")
+    args = "--task chat --block-size 64 --n-layer 1 --n-embd 32 --batch-size 4 --temperature 0".split()
+    process = start(folder, "mlx", *args, "--data", "own.jsonl", "--steps", "60", "--chat", stdin=subprocess.PIPE)
+    out, err = process.communicate("Who?\nWho?\n")
+    assert process.returncode == 0 and out.count("gpt: Me,\nmyself.\n") >= 2, out + err
+    assert json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"] < 0.2
+    weights = []
+    for more in (["--steps", "1"], ["--beta", "0"], ["--beta", "5"]):
+        rl = "--task rl --init out/ckpt.npz --steps 3 --group 2 --out two".split() * (len(weights) > 0)
+        code, out, err = run(folder, "mlx", *args, *rl, *more)
+        figures = json.loads(out.splitlines()[-1].removeprefix("result "))
+        assert code == 0 and {"reward", "reward_before"} <= {*figures} if rl else "accuracy" in figures, err
+        with np.load(folder / figures["files"][0]) as f:
+            weights.append(f["wte.weight"])
+    assert (weights[1] != weights[2]).any()
+
+
 def test_optimizers_and_shapes_of_the_command_line(tmp_path):
     """The flags that shape the model and its training reach it."""
     folder = copy_alone("gpt", tmp_path / "gpt")
@@ -262,11 +484,36 @@ def test_optimizers_and_shapes_of_the_command_line(tmp_path):
     with np.load(folder / "out/ckpt.npz") as f:
         meta, names = json.loads(str(f["meta"])), set(f.files)
     shape = dict(block_size=6, vocab_size=10, n_layer=3, n_head=2, n_embd=8, dropout=0.1, optimizer="adamw")
-    assert shape.items() <= meta["config"].items() and meta["alphabet"] == "\n abcdefgh"
+    assert shape.items() <= meta["config"].items() and meta["tokenizer"] == ["chars", "\n abcdefgh"]
     assert "h.2.attn.c_attn.weight" in names and "h.3.attn.c_attn.weight" not in names
     assert len((folder / "out/sample.txt").read_text(encoding="utf-8")) == 11
     again = ["--data", "own.txt", "--steps", "0", "--resume", "--tokens", "5"]
     code, out, err = run(folder, "torch", *again)
     assert code == 2 and "alphabet" in err  # the default prompt has a capital letter
-    code, out, err = run(folder, "torch", *again, "--prompt", "a")
-    assert code == 0 and json.loads(out.splitlines()[-1].removeprefix("result "))["steps"] == 0
+    process = start(folder, "torch", *again, "--prompt", "-", stdin=subprocess.PIPE)
+    out, err = process.communicate("hgf")
+    assert process.returncode == 0 and "\nhgf" in out, err
+    losses = [json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"]]
+    for init in ("out/ckpt.npz", "hf"):  # from a checkpoint to Hugging Face's layout, and from there
+        args = ["--data", "own.txt", "--init", init, "--steps", "0", "--out", "two", "--prompt", "ab", "--beam", "2"]
+        code, out, err = run(folder, "mlx", *args, "--export-hf", "hf")
+        assert code == 0, err
+        losses.append(json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"])
+    assert np.ptp(losses) < 1e-5 and len((folder / "two/sample.txt").read_text(encoding="utf-8")) == 6
+
+
+def test_bpe_travels(tmp_path):
+    """The checkpoint has the tokens that were learnt: another text is read with them, and training goes on."""
+    folder = copy_alone("gpt", tmp_path / "gpt")
+    (folder / "own.txt").write_text("the cat sat on the mat. " * 200, encoding="utf-8")
+    (folder / "other.txt").write_text("a rat ate the other cat. " * 200, encoding="utf-8")
+    args = "--tokenizer bpe --merges 20 --n-layer 1 --n-embd 32 --block-size 16 --steps 30 --prompt the".split()
+    code, out, err = run(folder, "mlx", "--data", "own.txt", *args)
+    assert code == 0, err
+    more = ["--init", "out/ckpt.npz", "--data", "other.txt", "--out", "two", *args]
+    for steps, bound in (("0", 2.5), ("60", 1.0)):
+        code, out, err = run(folder, "mlx", *more, "--steps", steps)
+        loss = json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"]
+        assert code == 0 and (loss > bound) == (steps == "0"), (loss, err)
+    with np.load(folder / "out/ckpt.npz") as a, np.load(folder / "two/ckpt.npz") as b:
+        assert json.loads(str(a["meta"]))["tokenizer"] == json.loads(str(b["meta"]))["tokenizer"]
