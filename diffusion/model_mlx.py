@@ -60,7 +60,7 @@ class Conv(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Groups of 8 channels get mean 0 and variance 1 in each picture; x (B, H, W, n)."""
+    """Eight groups of channels, each brought to mean 0 and variance 1 in each picture; x (B, H, W, n)."""
 
     def __init__(self, n):
         super().__init__(math.gcd(8, n), n, pytorch_compatible=True)
@@ -238,7 +238,7 @@ def coefficients(model, t):
 
 
 def loss_fn(model, x, y, t, noise):
-    """The simple loss for x, noise (B, H, W, C), y, t (B,): that of a denoising autoencoder, for all strengths of noise."""
+    """The simple loss for x, noise (B, H, W, C), y, t (B,): that of a denoising autoencoder, for all strengths."""
     if model.config.latent:
         x = mx.stop_gradient(model.autoencoder.encode(x))
     alpha, sigma = coefficients(model, t)

@@ -485,7 +485,7 @@ def main():
     parser.add_argument("--widths", type=int, nargs="+", help="channels of each level of the U-Net")
     parser.add_argument("--fold", type=int, help="squares of this side become channels")
     parser.add_argument("--predict", choices=["v", "noise"], default="v")
-    parser.add_argument("--schedule", choices=["cosine", "linear"], help="how the noise grows with t")
+    parser.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="how the noise grows with t")
     parser.add_argument("--ema", type=float, default=0.99, help="how slowly the average of the weights moves")
     parser.add_argument("--sampler", choices=["ddim", "ddpm", "heun", "langevin"], default="ddim")
     parser.add_argument("--sample-steps", type=int, help="from noise to a picture")
@@ -520,8 +520,8 @@ def main():
 
     ckpt = args.out / "ckpt.npz"
     saved = read_meta(ckpt, "diffusion") if args.resume else None
-    kind = dict(fold=args.fold, widths=args.widths, predict=args.predict, ema=args.ema)
-    kind["schedule"] = args.schedule or ("linear" if toy else "cosine")
+    kind = dict(fold=args.fold, widths=args.widths, predict=args.predict, schedule=args.schedule,
+                ema=args.ema)  # fmt: skip
     if toy:
         kind |= dict(image=[1, 1, 2], net="mlp", n_class=0)
         about = f"{len(PARTS)} normal distributions"

@@ -20,6 +20,7 @@ SHORT = {  # a run of a second
     "rnn": ["--steps", "4", "--n-hidden", "16", "--length", "8", "--tokens", "5"],
     "autoencoder": ["--steps", "10", "--hidden", "8", "--count", "200"],
     "gan": ["--steps", "10", "--model", "gan", "--hidden", "8", "--count", "200"],
+    "diffusion": "--steps 4 --widths 8 8 --count 100 --batch-size 8 --sample-steps 2".split(),
 }
 FLAGS = [  # arguments that every folder refuses, and a word of the reason
     (["--steps", "-1"], "--steps"),
@@ -149,6 +150,26 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--task", "toy", "--loss", "wgan-gp"], "--task toy"),
         (["--resume", "--task", "toy"], "another task"),
         (["--data", "mnist"], "train-images"),
+    ],
+    "diffusion": [
+        (["--task", "dream"], "invalid choice"),
+        (["--data", "missing"], "a folder of 20"),
+        (["--data", "broken"], "is no picture"),
+        (["--data", "mnist"], "train-images"),
+        (["--data", "cifar10"], "cifar-10-binary.tar.gz"),
+        (["--widths", "0"], "--widths"),
+        (["--fold", "-1"], "--fold"),
+        (["--size", "30"], "--size"),
+        (["--size", "8"], "--size"),
+        (["--widths", "8", "8", "8", "8"], "multiple of 16"),
+        (["--count", "0"], "--count"),
+        (["--ema", "1"], "--ema"),
+        (["--guidance", "nan"], "--guidance"),
+        (["--sample-steps", "1"], "--sample-steps"),
+        (["--batch-size", "100000"], "more than the"),
+        (["--prompt", "big blue star"], "--prompt"),
+        (["--task", "text", "--prompt", "big pink star"], "--prompt"),
+        (["--resume", "--task", "toy"], "another task"),
     ],
 }
 FILES = {
