@@ -97,6 +97,23 @@ def both_losses(net, model, x, z, u):
 
 
 SMALL_LLAMA = dict(block_size=16, vocab_size=31, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)
+
+
+def noised(config, rng):
+    """For a diffusion: pictures, points or pictures with texts; times and noise."""
+    x = rng.standard_normal((8, *config.image), np.float32).clip(-1, 1)
+    y = rng.integers(0, config.n_class + 1, 8)
+    if config.vocab_size:
+        y = rng.integers(0, config.vocab_size, (8, config.length))
+    shape = (8, config.image[0] // 4, config.image[1] // 4, config.latent) if config.latent else x.shape
+    return x, y, rng.integers(1, config.T + 1, 8), rng.standard_normal(shape, np.float32)
+
+
+def denoising_loss(net, model, x, y, t, noise):
+    both = net.autoencoder_loss(model, x, y, t, noise) if model.config.latent else 0.0
+    return both + net.loss_fn(model, x, y, t, noise)
+
+
 FOLDERS = {
     "mlp": Folder(
         configs=[
@@ -232,6 +249,23 @@ FOLDERS = {
         smoke=["--steps", "80", "--block-size", "32", "--n-layer", "2", "--n-embd", "64", "--tokens", "100"],
         learned=("val_loss", "<", 2.75),
         files=["ckpt.npz", "sample.txt"],
+    ),
+    "diffusion": Folder(
+        configs=[
+            dict(image=[8, 8, 1], widths=[16, 24], n_class=3),
+            dict(image=[8, 4, 3], fold=1, widths=[16, 16, 24], n_class=0, predict="noise", schedule="linear"),
+            dict(image=[16, 16, 3], fold=1, widths=[16, 24], n_class=0, vocab_size=7, length=4, latent=2, first=2),
+            dict(image=[1, 1, 2], widths=[32, 32], n_class=0, net="mlp", ema=0.5),
+        ],
+        curve=[20, 20, 20, 50],  # Muon again
+        batch=noised,
+        loss=denoising_loss,
+        outputs=lambda trainer, x, y, *more: trainer.sample(y, np.random.default_rng(1), "ddpm", 5, guidance=2.0)[-1],
+        lr=0.02,
+        overfit=(100, 0.6),
+        smoke="--steps 60 --widths 16 32 --count 500 --batch-size 16 --sample-steps 5".split(),
+        learned=("val_loss", "<", 0.3),
+        files=["ckpt.npz", "sample.png"],
     ),
 }
 CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]

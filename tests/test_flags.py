@@ -16,6 +16,7 @@ TURNED = {  # flags before the |, if any, are in both runs
     "transformer": ["--seed 1", "--norm post", "--n-head 2", "--optimizer adamw"],
     "gpt": ["--seed 1"],
     "llama": ["--seed 1", "--window 4", "--optimizer adamw"],
+    "diffusion": ["--seed 1", "--predict noise", "--schedule linear", "--ema 0"],
 }
 
 

@@ -10,7 +10,7 @@ CHAPTERS = README.split("## From the chapters to the code")[-1]
 
 
 def text_of(name):
-    return "".join((ROOT / name / file).read_text(encoding="utf-8") for file in ("model_torch.py", "model_mlx.py", "train.py"))
+    return "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / name).glob("*.py")))
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -19,6 +19,7 @@ LONG = {  # the steps of a run of a second or two, and its other arguments
     "autoencoder": (300, ["--hidden", "32", "--count", "500"]),
     "gan": (300, ["--model", "gan", "--hidden", "16", "--count", "500", "--batch-size", "16"]),
     "llama": (120, ["--block-size", "16", "--n-layer", "1", "--n-embd", "32", "--tokens", "20"]),
+    "diffusion": (150, "--widths 8 8 --count 100 --batch-size 8 --sample-steps 2".split()),
 }
 
 
