@@ -424,7 +424,7 @@ def main():
     parser.add_argument("--count", type=int, default=10000, help="digits or flowers to draw, and a fifth to hold out")
     parser.add_argument("--size", type=int, default=32, help="height and width: 28 or more of digits, mnist, fashion")
     parser.add_argument("--model", choices=["gan", "dcgan"], help="linear layers, or convolutions")
-    parser.add_argument("--hidden", type=int, nargs="+", help="widths of D's layers (default: 16 32 64 ...; gan: 256 256)")
+    parser.add_argument("--hidden", type=int, nargs="+", help="widths of D's layers (default: 16 32 ...; gan: 256 256)")
     parser.add_argument("--latent", type=int, help="numbers that stand for a picture")
     parser.add_argument("--loss", choices=["non-saturating", "minimax", "wgan-gp"], default="non-saturating")
     parser.add_argument("--smoothing", type=float, help="D's target for real pictures is 1 less this")
