@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 TASKS = {
-    "pictures": dict(model="dcgan", latent=64, steps=3000, batch_size=32, lr=1e-3, d_lr=0.5, smoothing=0.1, ema=0.995),
+    "pictures": dict(model="dcgan", latent=64, steps=2400, batch_size=32, lr=2e-3, d_lr=0.5, smoothing=0.1, ema=0.995),
     "toy": dict(model="gan", latent=4, steps=1500, batch_size=256, lr=5e-4, d_lr=3.0, smoothing=0.0, ema=0.0),
 }
 
@@ -422,9 +422,9 @@ def main():
     parser.add_argument("--task", choices=TASKS, default="pictures")
     parser.add_argument("--data", default="digits", help="digits, flowers, mnist, fashion, cifar10 or a folder")
     parser.add_argument("--count", type=int, default=10000, help="digits or flowers to draw, and a fifth to hold out")
-    parser.add_argument("--size", type=int, help="height and width: 28 or more of digits, mnist and fashion")
+    parser.add_argument("--size", type=int, default=32, help="height and width: 28 or more of digits, mnist, fashion")
     parser.add_argument("--model", choices=["gan", "dcgan"], help="linear layers, or convolutions")
-    parser.add_argument("--hidden", type=int, nargs="+", help="widths of D's layers (default: 16 64 ...; gan: 256 256)")
+    parser.add_argument("--hidden", type=int, nargs="+", help="widths of D's layers (default: 16 32 ...; gan: 256 256)")
     parser.add_argument("--latent", type=int, help="numbers that stand for a picture")
     parser.add_argument("--loss", choices=["non-saturating", "minimax", "wgan-gp"], default="non-saturating")
     parser.add_argument("--smoothing", type=float, help="D's target for real pictures is 1 less this")
@@ -450,7 +450,6 @@ def main():
     if not (0 <= args.smoothing < 1 and 0 <= args.ema < 1 and 0 <= args.penalty < math.inf):
         fail("--smoothing and --ema must be from 0 to less than 1, --penalty 0 or more")
     least = 28 if args.data in ("digits", "mnist", "fashion") else 8
-    args.size = args.size if args.size is not None else 28 if least == 28 else 32
     if args.size < least or args.size % 2 or args.count < 100:
         fail(f"--size must be even and {least} or more, --count 100 or more")
     if toy and (args.model == "dcgan" or args.loss == "wgan-gp"):
@@ -464,7 +463,8 @@ def main():
     if not toy and args.batch_size > len(train):
         fail(f"--batch-size {args.batch_size} is more than the {len(train)} pictures: make it smaller")
     if not args.hidden:
-        widths = [16, 64, 128, 256][: max(1, math.ceil(math.log2(image[0] / 7)))]  # 28 pixels to 7, 32 or 64 to 4
+        # down to 4 pixels of 32: where a convolution sees only strokes, G draws strokes, and no digits
+        widths = [16, 32, 64, 128][: max(1, math.ceil(math.log2(image[0] / 7)))]
         args.hidden = widths if args.model == "dcgan" else [64, 64] if toy else [256, 256]
     net = load_twin(args)
     names = "latent hidden model loss smoothing penalty d_lr d_steps ema".split()

@@ -158,7 +158,7 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--data", "missing"], "a folder of 20"),
         (["--data", "broken"], "is no picture"),
         (["--hidden", "0"], "--hidden"),
-        (["--model", "dcgan", "--hidden", "8", "8", "8"], "28 x 28"),
+        (["--model", "dcgan", "--size", "28", "--hidden", "8", "8", "8"], "28 x 28"),
         (["--d-steps", "0"], "--d-steps"),
         (["--d-lr", "nan"], "--d-lr"),
         (["--smoothing", "1"], "--smoothing"),

@@ -321,7 +321,7 @@ class Judge:
 def test_quality(train, tmp_path):
     """A short run: all ten digits among the samples, the judge mostly sure of them, the features near the real ones."""
     folder = copy_alone("gan", tmp_path / "gan")
-    args = ["--hidden", "8", "32", "--count", "1500", "--lr", "2e-3", "--ema", "0.98"]
+    args = ["--hidden", "8", "32", "--size", "28", "--count", "1500", "--ema", "0.98"]
     assert result(folder, "torch", *args, "--steps", "300")["frechet"] < 60
     images, labels = train.make_digits(3000, 7)
     x = train.centred(train.pixels((images - 40.0) / 105))[..., None].astype(np.float32) / 127.5 - 1

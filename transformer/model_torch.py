@@ -243,7 +243,7 @@ class Seq2Seq(nn.Module):
         """The mean -log p of the tokens of tgt (B, T + 1) after BOS, nats a token; and the share that is likeliest."""
         logits, y = self(src, tgt[:, :-1]), tgt[:, 1:]
         smoothing = self.config.label_smoothing if self.training else 0.0
-        nll = F.cross_entropy(logits.swapaxes(1, 2), y, label_smoothing=smoothing, reduction="none")
+        nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), label_smoothing=smoothing, reduction="none").view_as(y)
         real = (y != PAD).float()
         return (nll * real).sum() / real.sum(), ((logits.argmax(-1) == y) * real).sum() / real.sum()
 

@@ -699,16 +699,16 @@ def main():
         fall = 1 - step / args.steps if args.decay == "linear" else math.sqrt(args.warmup / max(step + 1, args.warmup))
         return args.lr * min((step + 1) / args.warmup, 1) * fall
 
-    def evaluate():
-        total = {}
-        for i in range(0, len(held_out[0]), 100):
-            part = [a[i : i + 100] for a in held_out]
+    def evaluate(n=200):
+        total, n = {}, min(n, len(held_out[0]))
+        for i in range(0, n, 100):
+            part = [a[i : min(i + 100, n)] for a in held_out]
             for name, value in trainer.evaluate(*part).items():
-                total[name] = total.get(name, 0.0) + float(value) * len(part[0]) / len(held_out[0])
+                total[name] = total.get(name, 0.0) + float(value) * len(part[0]) / n
         return total
 
     speed = fit(trainer, batch, evaluate, lr, args, start, task=args.task, data=args.data, **args.extra)
-    figures = evaluate() | report(trainer)
+    figures = evaluate(len(held_out[0])) | report(trainer)
     files = [str(file) for file in (ckpt, args.out / "sample.png") if file.exists()]
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
     result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1), **figures}
