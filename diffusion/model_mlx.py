@@ -136,7 +136,7 @@ class UNet(nn.Module):
     def __init__(self, config, image):
         super().__init__()
         self.config, widths, last = config, config.widths, config.widths[-1]
-        n_in, n = image[2] * config.fold**2, 4 * widths[0]
+        n_in, n = image[2] * config.fold**2, 2 * widths[0]
         self.time1, self.time2 = nn.Linear(widths[0], n), nn.Linear(n, n)
         self.inp = Conv(n_in, widths[0])
         pairs = list(zip(widths, widths[1:]))
@@ -327,7 +327,7 @@ def heun(guess, x, ts, a, noise):
         yield x
 
 
-def langevin(guess, x, ts, a, noise, inner=3, r=0.3):
+def langevin(guess, x, ts, a, noise, inner=6, r=0.5):
     """Langevin's chain at each level: x + h/2 score + sqrt(h) z, by which any x ends in the density of the score."""
     for t, s in zip(ts, ts[1:]):
         h = float(r * (1 - a[t]))

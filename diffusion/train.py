@@ -30,10 +30,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 TASKS = {
-    "pictures": dict(steps=1000, batch_size=32, lr=0.01, widths=[32, 64], guidance=2.0, sample_steps=50),
-    "inpaint": dict(steps=1000, batch_size=32, lr=0.01, widths=[32, 64], guidance=1.0, sample_steps=50),
+    "pictures": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], guidance=2.0, sample_steps=50),
+    "inpaint": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], guidance=1.0, sample_steps=50),
     "text": dict(steps=3000, batch_size=32, lr=0.01, widths=[64, 128], guidance=2.0, sample_steps=30),
-    "toy": dict(steps=3000, batch_size=512, lr=0.01, widths=[128, 128, 128], guidance=1.0, sample_steps=50),
+    "toy": dict(steps=2000, batch_size=256, lr=0.01, widths=[128, 128, 128], guidance=1.0, sample_steps=50),
 }
 
 # ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
@@ -618,8 +618,8 @@ def main():
         n = max(config.n_class, 1)
         columns = n if n > 6 else 12
         y = np.arange(columns * 4) % n
-        way = draw(y[:columns], guidance=args.guidance, keep=5)
-        parts = {f"after {(i + 1) * args.sample_steps // 5} of {args.sample_steps} steps": x for i, x in enumerate(way)}
+        way = draw(y[:columns], guidance=args.guidance, keep=4)
+        parts = {f"after {(i + 1) * args.sample_steps // 4} of {args.sample_steps} steps": x for i, x in enumerate(way)}
         parts[f"class by class, guidance {args.guidance:g}"] = draw(y, guidance=args.guidance)[-1]
         parts["without guidance"] = draw(y[:columns])[-1]
         parts["real pictures"] = floats(test[:columns])
