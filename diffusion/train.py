@@ -513,6 +513,8 @@ def main():
     unit = args.fold * 2 ** (len(args.widths) - 1) * (4 if text else 1)
     if not toy and (args.size < least or args.size % unit):
         fail(f"--size must be {least} or more and a multiple of {unit}, for --fold and --widths halve it")
+    if (toy or text) and args.data != "digits":
+        fail(f"--data goes with --task pictures and inpaint: {args.task} draws its own")
     words = ["", *sorted(set(" ".join(CAPTIONS).split()))]
     if args.prompt is not None and (not text or not set(args.prompt.split()) <= set(words) or len(args.prompt) > 60):
         fail(f"--prompt goes with --task text and must be of these words: {' '.join(words)}")
@@ -588,6 +590,8 @@ def main():
     speed = fit(trainer, batch, evaluate, lr, args, start)
     figures, rng = evaluate(), np.random.default_rng((args.seed, 8))
 
+    guidance = args.guidance if config.n_class or config.vocab_size else 1.0
+
     def draw(y, **more):
         """Pictures (N, H, W, C) from 0 to 1."""
         return trainer.sample(y, rng, **dict(sampler=args.sampler, steps=args.sample_steps) | more) / 2 + 0.5
@@ -599,28 +603,26 @@ def main():
         columns = len(next(iter(parts.values())))
     elif text:
         drawn = [CAPTIONS[i] for i in new] * 2
-        x = draw(encode(drawn), guidance=args.guidance)[-1]
+        x = draw(encode(drawn), guidance=guidance)[-1]
         figures |= right(pixels(x), drawn)
         parts, columns = {}, 4
         for i in range(0, 40, 4):
             parts[", ".join(drawn[i : i + 4])] = x[i : i + 4]
         if args.prompt:
-            parts = {args.prompt: draw(encode([args.prompt] * 8), guidance=args.guidance)[-1]} | parts
+            parts = {args.prompt: draw(encode([args.prompt] * 8), guidance=guidance)[-1]} | parts
     elif args.task == "inpaint":
         whole, mask = floats(test[:24]), holes(24, args.size, args.seed)
-        y = np.full(24, config.n_class) if args.guidance == 0 else test_y[:24]
-        x = draw(y, sampler="repaint", known=whole * 2 - 1, mask=mask)[-1]
-        hole = mask == 0
-        figures |= {"untouched": float(np.abs(x - whole)[~hole].max())}
+        x = draw(test_y[:24], sampler="repaint", guidance=guidance, known=whole * 2 - 1, mask=mask)[-1]
+        figures |= {"changed": float((np.abs(x - whole) * mask).max())}  # of what is known
         parts = {"with a hole": whole * mask + 0.5 * (1 - mask), "made whole": x, "as they were": whole}
         columns = 12
     else:
         n = max(config.n_class, 1)
         columns = n if n > 6 else 12
         y = np.arange(columns * 4) % n
-        way = draw(y[:columns], guidance=args.guidance, keep=4)
+        way = draw(y[:columns], guidance=guidance, keep=4)
         parts = {f"after {(i + 1) * args.sample_steps // 4} of {args.sample_steps} steps": x for i, x in enumerate(way)}
-        parts[f"class by class, guidance {args.guidance:g}"] = draw(y, guidance=args.guidance)[-1]
+        parts[f"class by class, guidance {guidance:g}"] = draw(y, guidance=guidance)[-1]
         parts["without guidance"] = draw(y[:columns])[-1]
         parts["real pictures"] = floats(test[:columns])
         figures["bits"] = trainer.bound(floats(test[:50]) * 2 - 1, test_y[:50] if n > 1 else y[:1].repeat(50), rng)

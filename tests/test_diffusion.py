@@ -325,9 +325,14 @@ def test_tasks(tmp_path):
     """Inpainting leaves what is known; flowers; texts in latents, from one framework to the other, with a prompt."""
     folder = copy_alone("diffusion", tmp_path / "diffusion")
     args = ["--widths", "16", "16", "--count", "100", "--batch-size", "8", "--sample-steps", "3"]
-    assert result(folder, "mlx", *args, "--steps", "3", "--task", "inpaint")["untouched"] < 1e-6
+    assert result(folder, "mlx", *args, "--steps", "3", "--task", "inpaint")["changed"] < 1e-6
     flowers = ["--data", "flowers", "--size", "16", "--sampler", "heun", "--out", "flowers"]
     assert result(folder, "torch", *args, *flowers, "--steps", "3")["bits"] > 1
+    (folder / "mine").mkdir()
+    for i in range(20):
+        Image.new("RGB", (20, 30), (i, 9 * i, 100)).save(folder / f"mine/{i}.png")
+    mine = ["--data", "mine", "--size", "16", "--sampler", "langevin", "--out", "of_mine"]
+    assert result(folder, "mlx", *args, *mine, "--steps", "3")["params"] > 1000
     text = [*args, "--task", "text", "--prompt", "big red star", "--out", "text"]
     result(folder, "torch", *text, "--steps", "6")
     last = result(folder, "mlx", *text, "--steps", "8", "--resume")
