@@ -136,7 +136,7 @@ class UNet(nn.Module):
     def __init__(self, config, image):
         super().__init__()
         self.config, widths, last = config, config.widths, config.widths[-1]
-        n_in, n = image[2] * config.fold**2, 4 * widths[0]
+        n_in, n = image[2] * config.fold**2, 2 * widths[0]
         self.time1, self.time2 = nn.Linear(widths[0], n), nn.Linear(n, n)
         self.inp = Conv(n_in, widths[0])
         pairs = list(zip(widths, widths[1:]))
@@ -324,13 +324,11 @@ def heun(guess, x, ts, a, noise):
     phi = np.arccos(np.sqrt(a))
     for t, s in zip(ts, ts[1:]):
         v, h = velocity(x, t), float(phi[s] - phi[t])
-        if s:
-            v = (v + velocity(x + h * v, s)) / 2
-        x = x + h * v
+        x = x + h * (v + velocity(x + h * v, s or 1)) / 2  # at 0 there is no noise to name
         yield x
 
 
-def langevin(guess, x, ts, a, noise, inner=3, r=0.3):
+def langevin(guess, x, ts, a, noise, inner=6, r=0.5):
     """Langevin's chain at each level: x + h/2 score + sqrt(h) z, by which any x ends in the density of the score."""
     for t, s in zip(ts, ts[1:]):
         h = float(r * (1 - a[t]))
@@ -462,13 +460,17 @@ class Trainer:
             raise ValueError("a class or a word of y is outside the model's")
         return [torch.from_numpy(a).to(self.device) for a in (x, y, *more)]
 
+    def phase(self):
+        """What learns now: the first part of its parameters' names, and its loss."""
+        return ("autoencoder.", autoencoder_loss) if self.t < self.config.first else ("unet.", loss_fn)
+
     def step(self, x, y, t, noise, lr):
         """One update on x (B, H, W, C) from -1 to 1, y (B,) or (B, length), t (B,) from 1 to T, noise as x or latents.
 
         Returns {"loss"}, the one before the update. Matrices go by Muon, all else by AdamW.
         """
         x, y, t, noise = self.arrays(x, y, t, noise)
-        part, of = ("autoencoder.", autoencoder_loss) if self.t < self.config.first else ("unet.", loss_fn)
+        part, of = self.phase()
         loss = of(self.model, x, y, t, noise)
         self.t += 1
         self.model.zero_grad()
@@ -487,8 +489,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, x, y, t, noise):
-        """{"val_loss"} of the average of the weights."""
-        return {"val_loss": loss_fn(self.average, *self.arrays(x, y, t, noise))}
+        """{"val_loss"} of the average of the weights: the autoencoder's as long as it learns."""
+        return {"val_loss": self.phase()[1](self.average, *self.arrays(x, y, t, noise))}
 
     @torch.no_grad()
     def bound(self, x, y, rng, steps=50):

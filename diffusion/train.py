@@ -30,10 +30,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 TASKS = {
-    "pictures": dict(steps=1000, batch_size=32, lr=0.01, widths=[32, 64], guidance=2.0, sample_steps=50),
-    "inpaint": dict(steps=1000, batch_size=32, lr=0.01, widths=[32, 64], guidance=1.0, sample_steps=50),
-    "text": dict(steps=3000, batch_size=32, lr=0.01, widths=[64, 128], guidance=2.0, sample_steps=30),
-    "toy": dict(steps=3000, batch_size=512, lr=0.01, widths=[128, 128, 128], guidance=1.0, sample_steps=50),
+    "pictures": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], guidance=2.0, sample_steps=50),
+    "inpaint": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], guidance=1.0, sample_steps=50),
+    "text": dict(steps=2000, batch_size=32, lr=0.01, widths=[64, 128], guidance=2.0, sample_steps=30),
+    "toy": dict(steps=2000, batch_size=256, lr=0.01, widths=[128, 128, 128], guidance=1.0, sample_steps=50),
 }
 
 # ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
@@ -461,6 +461,17 @@ def draw_rows(parts, columns=12):
     return image.convert("L") if sheet.shape[2] == 1 else image
 
 
+def draw_captioned(x, captions, columns=4, side=188):
+    """Each picture (N, H, W, C) with its own caption below."""
+    image = Image.new("RGB", (columns * side + 6, -(-len(x) // columns) * side + 6), (PAPER,) * 3)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    for i, (picture, caption) in enumerate(zip(pixels(x), captions)):
+        left, top = i % columns * side + 6, i // columns * side + 6
+        image.paste(Image.fromarray(picture).resize((side - 24, side - 24)), (left + 9, top))
+        draw.text((left + side / 2 - 3, top + side - 14), caption, (60, 60, 60), font, anchor="mm")
+    return image
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -513,6 +524,8 @@ def main():
     unit = args.fold * 2 ** (len(args.widths) - 1) * (4 if text else 1)
     if not toy and (args.size < least or args.size % unit):
         fail(f"--size must be {least} or more and a multiple of {unit}, for --fold and --widths halve it")
+    if (toy or text) and args.data != "digits":
+        fail(f"--data goes with --task pictures and inpaint: {args.task} draws its own")
     words = ["", *sorted(set(" ".join(CAPTIONS).split()))]
     if args.prompt is not None and (not text or not set(args.prompt.split()) <= set(words) or len(args.prompt) > 60):
         fail(f"--prompt goes with --task text and must be of these words: {' '.join(words)}")
@@ -587,6 +600,7 @@ def main():
 
     speed = fit(trainer, batch, evaluate, lr, args, start)
     figures, rng = evaluate(), np.random.default_rng((args.seed, 8))
+    guidance = args.guidance if config.n_class or config.vocab_size else 1.0
 
     def draw(y, **more):
         """Pictures (N, H, W, C) from 0 to 1."""
@@ -596,35 +610,35 @@ def main():
         more, parts = look_at_points(trainer, args)
         figures |= more
         parts = {name: 1 - (x / x.max((1, 2), keepdims=True)) ** 0.5 for name, x in parts.items()}
-        columns = len(next(iter(parts.values())))
+        picture = draw_rows(parts, 6)
     elif text:
         drawn = [CAPTIONS[i] for i in new] * 2
-        x = draw(encode(drawn), guidance=args.guidance)[-1]
+        x = draw(encode(drawn), guidance=guidance)[-1]
         figures |= right(pixels(x), drawn)
-        parts, columns = {}, 4
-        for i in range(0, 40, 4):
-            parts[", ".join(drawn[i : i + 4])] = x[i : i + 4]
+        shown = [*range(0, len(drawn), 8)]
+        x, shown = x[shown], [drawn[i] for i in shown]
         if args.prompt:
-            parts = {args.prompt: draw(encode([args.prompt] * 8), guidance=args.guidance)[-1]} | parts
+            x, shown = draw(encode([args.prompt] * 8), guidance=guidance)[-1], [args.prompt] * 8
+        picture = draw_captioned(x, shown)
     elif args.task == "inpaint":
-        whole, mask = floats(test[:24]), holes(24, args.size, args.seed)
-        y = np.full(24, config.n_class) if args.guidance == 0 else test_y[:24]
-        x = draw(y, sampler="repaint", known=whole * 2 - 1, mask=mask)[-1]
-        hole = mask == 0
-        figures |= {"untouched": float(np.abs(x - whole)[~hole].max())}
+        whole = floats(test[:24])
+        mask = holes(len(whole), args.size, args.seed)
+        x = draw(test_y[:24], sampler="repaint", guidance=guidance, known=whole * 2 - 1, mask=mask)[-1]
+        figures |= {"changed": float((np.abs(x - whole) * mask).max())}  # of what is known
         parts = {"with a hole": whole * mask + 0.5 * (1 - mask), "made whole": x, "as they were": whole}
-        columns = 12
+        picture = draw_rows(parts)
     else:
         n = max(config.n_class, 1)
         columns = n if n > 6 else 12
         y = np.arange(columns * 4) % n
-        way = draw(y[:columns], guidance=args.guidance, keep=5)
-        parts = {f"after {(i + 1) * args.sample_steps // 5} of {args.sample_steps} steps": x for i, x in enumerate(way)}
-        parts[f"class by class, guidance {args.guidance:g}"] = draw(y, guidance=args.guidance)[-1]
+        way = draw(y[:columns], guidance=guidance, keep=4)
+        parts = {f"after {(i + 1) * args.sample_steps // 4} of {args.sample_steps} steps": x for i, x in enumerate(way)}
+        parts[f"class by class, guidance {guidance:g}"] = draw(y, guidance=guidance)[-1]
         parts["without guidance"] = draw(y[:columns])[-1]
         parts["real pictures"] = floats(test[:columns])
-        figures["bits"] = trainer.bound(floats(test[:50]) * 2 - 1, test_y[:50] if n > 1 else y[:1].repeat(50), rng)
-    draw_rows(parts, columns).save(args.out / "sample.png", optimize=True)
+        figures["bits"] = trainer.bound(floats(test[:50]) * 2 - 1, test_y[:50], rng)
+        picture = draw_rows(parts, columns)
+    picture.save(args.out / "sample.png", optimize=True)
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
     result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1)}
     files = [str(args.out / name) for name in ("ckpt.npz", "sample.png") if (args.out / name).exists()]

@@ -211,6 +211,7 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--sample-steps", "1"], "--sample-steps"),
         (["--batch-size", "100000"], "more than the"),
         (["--prompt", "big blue star"], "--prompt"),
+        (["--task", "toy", "--data", "mnist"], "--data"),
         (["--task", "text", "--prompt", "big pink star"], "--prompt"),
         (["--resume", "--task", "toy"], "another task"),
     ],
