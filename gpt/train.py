@@ -592,8 +592,8 @@ TASKS = {  # what differs in the defaults
 }
 
 
-def main():
-    began = time.perf_counter()
+def read_args():
+    """The command line, checked as far as it can be without data."""
     apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
@@ -651,7 +651,13 @@ def main():
         fail("--task rl starts from a model that answers sums: --init CKPT of --task chat; it takes no --data")
     if args.chat and args.task == "text":
         fail("--chat is for --task chat or rl: train one of these first")
+    args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    args.stop += [END] * (args.task != "text")
+    return args
 
+
+def main():
+    began, args = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
     rank, size = net.join()
     if rank:  # of several processes the first speaks and writes
@@ -669,8 +675,6 @@ def main():
         (args.export_hf or args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--export-hf {args.export_hf} can't be made a folder ({error.strerror}): name another")
-    args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    args.stop += [END] * (args.task != "text")
     if args.resume or args.init:
         meta, weights = read_model(ckpt if args.resume else args.init)
     else:
