@@ -462,14 +462,12 @@ class Chat:
         self.about = f"{args.data or 'generated'}, {len(self.train):,} dialogues, and {len(self.val):,} held out"
 
     def rows(self, dialogues, rng, n):
-        """x, y and weights (n, T): each row is filled with dialogues; what the assistant has not to say weighs 0."""
-        rows, T = [], self.args.block_size
-        for _ in range(n):
-            row = np.zeros((2, 0), np.int64)
-            while row.shape[1] <= T:
-                row = np.append(row, render(self.tokenizer, dialogues[rng.integers(len(dialogues))]), 1)
-            rows.append(row[:, : T + 1])
-        ids, own = np.stack(rows, 1)
+        """x, y and weights (n, T): a dialogue a row, cut at the context; what the assistant need not say weighs 0."""
+        drawn = [np.stack(render(self.tokenizer, dialogues[i])) for i in rng.integers(0, len(dialogues), n)]
+        T = min(self.args.block_size, max(dialogue.shape[1] for dialogue in drawn) - 1)
+        ids, own = both = np.zeros((2, n, T + 1), np.int64)
+        for row, dialogue in enumerate(drawn):
+            both[:, row, : dialogue.shape[1]] = dialogue[:, : T + 1]
         return ids[:, :-1], ids[:, 1:], (own[:, 1:] / max(own[:, 1:].sum(), 1)).astype(np.float32)
 
     def batch(self, step):
