@@ -338,12 +338,13 @@ class Trainer:
         self.t += 1
         mx.random.seed(self.seed + 1_000_003 * self.t + self.rank)  # for dropout, all that the framework draws
         self.model.train()
-        params, grads = dict(tree_flatten(self.model.parameters())), None
-        loss, parts = 0.0, np.array_split(np.arange(self.rank, len(x), self.size), self.accumulate)
-        for part in parts:  # of this process's rows; times size, for of the processes' gradients the mean is taken
-            some = self.arrays(x[part], y[part], weights[part] * self.size)
-            more, part_grads = self.loss_and_grads(params, *some)
-            loss, grads = loss + more, tree_map(mx.add, grads, part_grads) if grads else part_grads
+        params = dict(tree_flatten(self.model.parameters()))
+        loss, grads = 0.0, None
+        parts = np.array_split(np.arange(self.rank, len(x), self.size), self.accumulate)  # of this process's rows
+        for part in parts:
+            xs, ys, ws = self.arrays(x[part], y[part], weights[part] * self.size)  # the processes' mean will be taken
+            part_loss, part_grads = self.loss_and_grads(params, xs, ys, ws)
+            loss, grads = loss + part_loss, tree_map(mx.add, grads, part_grads) if grads else part_grads
             mx.eval(loss, grads)  # MLX is lazy: here the part is computed, and its memory free for the next
         loss = mx.distributed.all_sum(loss / self.size)
         grads, _ = optim.clip_grad_norm(dict(tree_flatten(nn.average_gradients(grads))), 1.0)
@@ -358,9 +359,9 @@ class Trainer:
         mx.eval(loss, params, self.m, self.v)
         return {"loss": loss}
 
-    def evaluate(self, x, y, weights=None):
+    def evaluate(self, x, y, *weights):
         """{"val_loss"}: the loss of step on data held out."""
-        x, y, *weights = self.arrays(x, y, *([] if weights is None else [weights]))
+        x, y, *weights = self.arrays(x, y, *weights)
         self.model.eval()
         return {"val_loss": loss_fn(self.model(x), y, *weights)}
 

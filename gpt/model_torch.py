@@ -338,14 +338,15 @@ class Trainer:
         torch.manual_seed(self.seed + 1_000_003 * self.t + self.rank)  # for dropout, all that the framework draws
         self.model.train()
         self.model.zero_grad()
-        loss, parts = 0.0, np.array_split(np.arange(self.rank, len(x), self.size), self.accumulate)
-        for part in parts:  # of this process's rows; times size, for of the processes' gradients the mean is taken
-            some = self.arrays(x[part], y[part], weights[part] * self.size)
+        loss = 0.0
+        parts = np.array_split(np.arange(self.rank, len(x), self.size), self.accumulate)  # of this process's rows
+        for part in parts:
+            xs, ys, ws = self.arrays(x[part], y[part], weights[part] * self.size)  # the processes' mean will be taken
             self.net.require_backward_grad_sync = part is parts[-1]  # which takes time: once a step
             with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-                more = loss_fn(self.net(some[0]).float(), *some[1:])
-            more.backward()
-            loss = loss + more.detach()
+                part_loss = loss_fn(self.net(xs).float(), ys, ws)
+            part_loss.backward()
+            loss = loss + part_loss.detach()
         if self.size > 1:
             dist.all_reduce(loss.div_(self.size))
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -358,9 +359,9 @@ class Trainer:
         return {"loss": loss}
 
     @torch.no_grad()
-    def evaluate(self, x, y, weights=None):
+    def evaluate(self, x, y, *weights):
         """{"val_loss"}: the loss of step on data held out."""
-        x, y, *weights = self.arrays(x, y, *([] if weights is None else [weights]))
+        x, y, *weights = self.arrays(x, y, *weights)
         self.model.eval()
         return {"val_loss": loss_fn(self.model(x), y, *weights)}
 

@@ -462,14 +462,12 @@ class Chat:
         self.about = f"{args.data or 'generated'}, {len(self.train):,} dialogues, and {len(self.val):,} held out"
 
     def rows(self, dialogues, rng, n):
-        """x, y and weights (n, T): each row is filled with dialogues; what the assistant has not to say weighs 0."""
-        rows, T = [], self.args.block_size
-        for _ in range(n):
-            row = np.zeros((2, 0), np.int64)
-            while row.shape[1] <= T:
-                row = np.append(row, render(self.tokenizer, dialogues[rng.integers(len(dialogues))]), 1)
-            rows.append(row[:, : T + 1])
-        ids, own = np.stack(rows, 1)
+        """x, y and weights (n, T): a dialogue a row, cut at the context; what the assistant need not say weighs 0."""
+        drawn = [np.stack(render(self.tokenizer, dialogues[i])) for i in rng.integers(0, len(dialogues), n)]
+        T = min(self.args.block_size, max(dialogue.shape[1] for dialogue in drawn) - 1)
+        ids, own = both = np.zeros((2, n, T + 1), np.int64)
+        for row, dialogue in enumerate(drawn):
+            both[:, row, : dialogue.shape[1]] = dialogue[:, : T + 1]
         return ids[:, :-1], ids[:, 1:], (own[:, 1:] / max(own[:, 1:].sum(), 1)).astype(np.float32)
 
     def batch(self, step):
@@ -592,8 +590,8 @@ TASKS = {  # what differs in the defaults
 }
 
 
-def main():
-    began = time.perf_counter()
+def read_args():
+    """The command line, checked as far as it can be without data."""
     apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
@@ -651,7 +649,13 @@ def main():
         fail("--task rl starts from a model that answers sums: --init CKPT of --task chat; it takes no --data")
     if args.chat and args.task == "text":
         fail("--chat is for --task chat or rl: train one of these first")
+    args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    args.stop += [END] * (args.task != "text")
+    return args
 
+
+def main():
+    began, args = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
     rank, size = net.join()
     if rank:  # of several processes the first speaks and writes
@@ -669,8 +673,6 @@ def main():
         (args.export_hf or args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--export-hf {args.export_hf} can't be made a folder ({error.strerror}): name another")
-    args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    args.stop += [END] * (args.task != "text")
     if args.resume or args.init:
         meta, weights = read_model(ckpt if args.resume else args.init)
     else:

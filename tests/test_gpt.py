@@ -443,7 +443,7 @@ def test_dialogues():
     letters = TRAIN.Characters("".join(sorted(set("assistant user" + TRAIN.string.printable + TRAIN.END))))
     args = argparse.Namespace(block_size=90, data=None, seed=0, batch_size=4)
     x, y, weights = TRAIN.Chat(None, letters, args, dialogues).batch(3)
-    assert x.shape == y.shape == weights.shape == (4, 90) and (x[:, 1:] == y[:, :-1]).all()
+    assert x.shape == y.shape == weights.shape and x.shape[1] <= 90 and (x[:, 1:] == y[:, :-1]).all()
     assert weights.sum() == pytest.approx(1) and len(np.unique(weights)) == 2
     for row, weight in zip(y, weights):
         text = "".join(letters.decode(i).decode() for i in row)
