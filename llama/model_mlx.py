@@ -137,7 +137,7 @@ class Linear(nn.Module):
 
 
 class Quantized(nn.Module):
-    """A matrix in 8 or 4 bits a weight: w = q scale with a scale a row, or w = q scale + low in groups of 32 of a row.
+    """A matrix in 8 or 4 bits a weight: w = q scale with a scale a row, or w = q scale + edge in groups of 32 of a row.
 
     torch has products for the CPU that take q as it is and x in bfloat16; MLX has groups in 8 bits too, and takes x in
     float32.
@@ -146,13 +146,13 @@ class Quantized(nn.Module):
     def __init__(self, weight, bits):
         super().__init__()
         self.bits = bits
-        self.q, self.scale, self.low = mx.quantize(weight, 32, bits)
+        self.q, self.scale, self.edge = mx.quantize(weight, 32, bits)
 
     def __call__(self, x):
-        return mx.quantized_matmul(x, self.q, self.scale, self.low, True, 32, self.bits)
+        return mx.quantized_matmul(x, self.q, self.scale, self.edge, True, 32, self.bits)
 
     def rows(self, idx):
-        return mx.dequantize(self.q[idx], self.scale[idx], self.low[idx], 32, self.bits)
+        return mx.dequantize(self.q[idx], self.scale[idx], self.edge[idx], 32, self.bits)
 
 
 class Attention(nn.Module):
@@ -245,13 +245,12 @@ def loss_fn(logits, targets):
 
 def merge(model):
     """Add each 2 B A to its W: the same model, but from now on without LoRA."""
-    model.config.lora_rank = 0
     for module in model.modules():
-        if isinstance(module, Linear):
-            if module.rank:
-                module.weight = module.weight + 2 * module.lora_b @ module.lora_a
-                module.rank = 0
-                del module.lora_a, module.lora_b
+        if isinstance(module, Linear) and module.rank:
+            module.weight = module.weight + 2 * module.lora_b @ module.lora_a
+            module.rank = 0
+            del module.lora_a, module.lora_b
+    model.config.lora_rank = 0
     model.unfreeze()
 
 

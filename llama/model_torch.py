@@ -128,7 +128,13 @@ class Linear(nn.Module):
             self.lora_a, self.lora_b = nn.Parameter(torch.zeros(rank, n_in)), nn.Parameter(torch.zeros(n_out, rank))
 
     def forward(self, x):
-        y = x @ self.weight.T
+        cores = torch.get_num_threads()
+        if x.is_cpu and x.numel() == x.shape[-1] and not torch.is_grad_enabled() and self.weight.shape[0] % cores == 0:
+            # one token is a matrix times a vector, which MKL leaves to one core: here each core takes some of the rows
+            rows = self.weight.unflatten(0, (cores, -1))  # (cores, n_out / cores, n_in)
+            y = torch.bmm(x.reshape(1, 1, -1).expand(cores, -1, -1), rows.mT).reshape(*x.shape[:-1], -1)
+        else:
+            y = x @ self.weight.T
         return y + 2 * (x @ self.lora_a.T @ self.lora_b.T) if self.rank else y
 
     def rows(self, idx):
@@ -136,7 +142,7 @@ class Linear(nn.Module):
 
 
 class Quantized(nn.Module):
-    """A matrix in 8 or 4 bits a weight: w = q scale with a scale a row, or w = q scale + low in groups of 32 of a row.
+    """A matrix in 8 or 4 bits a weight: w = q scale with a scale a row, or w = q scale + edge in groups of 32 of a row.
 
     torch has products for the CPU that take q as it is and x in bfloat16; MLX has groups in 8 bits too, and takes x in
     float32.
@@ -151,10 +157,12 @@ class Quantized(nn.Module):
         else:
             groups = weight.unflatten(1, (-1, 32))  # (n_out, n_in / 32, 32)
             low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-            scale = (high - low).clamp(min=1e-8) / 15
-            q = ((groups - low) / scale).round().int().reshape(weight.shape)
+            edge = torch.where(-low > high, low, high)  # the end farther from 0: q = 0, and 0 itself is one of the 16
+            steps = (15 * edge.abs() / (high - low)).round()  # from one to the other
+            scale = torch.where(edge == 0, 1.0, -edge / steps)
+            q = ((groups - edge) / scale).round().clamp(0, 15).int().reshape(weight.shape)
             q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)  # two in a byte
-            scale = torch.cat([scale, low + 8 * scale], 2).swapaxes(0, 1)  # this product has w = (q - 8) scale + zero
+            scale = torch.cat([scale, edge + 8 * scale], 2).swapaxes(0, 1)  # this product has w = (q - 8) scale + zero
         self.register_buffer("q", q)
         self.register_buffer("scale", scale.bfloat16().contiguous())
 
@@ -260,14 +268,13 @@ def loss_fn(logits, targets):
 
 def merge(model):
     """Add each 2 B A to its W: the same model, but from now on without LoRA."""
-    model.config.lora_rank = 0
     for module in model.modules():
-        if isinstance(module, Linear):
-            if module.rank:
-                module.weight.data += 2 * module.lora_b.data @ module.lora_a.data
-                module.rank = 0
-                del module.lora_a, module.lora_b
-            module.weight.requires_grad = True
+        if isinstance(module, Linear) and module.rank:
+            module.weight.data += 2 * module.lora_b.data @ module.lora_a.data
+            module.rank = 0
+            del module.lora_a, module.lora_b
+    model.config.lora_rank = 0
+    model.requires_grad_(True)
 
 
 def quantize(model, bits):
