@@ -438,6 +438,11 @@ def main():
         fail("--lora adapts a model that is there: name its folder with --init")
 
     net = load_twin(args)
+    rank, size = net.join()
+    if rank:  # one of several processes speaks and saves
+        sys.stdout = open(os.devnull, "w")
+    if size > 1 and (args.batch_size % (size * args.accumulate) or args.backend == "torch" and args.optimizer == "muon"):
+        fail(f"{size} processes need --optimizer adamw with torch, and --batch-size a multiple of them times --accumulate")
     base, weights = load_llama(source) if source else ({}, None)
     if saved:
         config = saved["config"]

@@ -151,7 +151,7 @@ def test_sinks(backend):
 def test_lora(backend, tmp_path):
     """It starts from the model as it is, trains and saves A and B alone, and merged it is the same model."""
     net, base = randomised(backend)
-    config = net.Config(**{**vars_of(base.config), "lora_rank": 3, "lora_targets": ["qkv_proj", "down_proj"]})
+    config = net.Config(**{**vars_of(base.config), "optimizer": "adamw", "lora_rank": 3, "lora_targets": ["qkv_proj", "down_proj"]})
     trainer = net.Trainer(config, device="cpu", weights=net.get_weights(base.model))
     x, y = np.arange(48).reshape(2, 24) % 29, np.arange(1, 49).reshape(2, 24) % 29
     np.testing.assert_allclose(logits(backend, trainer, x), logits(backend, base, x), atol=1e-5)
