@@ -12,9 +12,9 @@ What differs from GPT-2:
 
 LoRA trains y = W x + 2 B A x, A (rank, n_in) and B (n_out, rank), and leaves W as it is.
 
-Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models"; Su et al. 2021 (RoPE); Ainslie et
-al. 2023 (GQA); Shazeer 2020 (SwiGLU); Hu et al. 2021 (LoRA); Xiao et al. 2023 (attention sinks). Names as in the released
-weights, but q, k and v are one matrix, and so are gate and up: one product in place of several.
+Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models"; Su et al. 2021 (RoPE); Ainslie
+et al. 2023 (GQA); Shazeer 2020 (SwiGLU); Hu et al. 2021 (LoRA); Xiao et al. 2023 (attention sinks). Names as in the
+released weights, but q, k and v are one matrix, and so are gate and up: one product in place of several.
 """
 
 import json
@@ -58,13 +58,17 @@ class Config:
         self.head_size = self.n_embd // self.n_head
         self.reach = self.window + self.sinks if self.window else self.block_size  # what a cache has to hold
 
+    def rank(self, name):
+        """LoRA's in the matrices of this name; 0: none."""
+        return self.lora_rank if name in self.lora_targets else 0
+
 
 LLAMA = {
     "tiny": dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=128, n_hidden=384),  # 0.8 million parameters
     "135M": dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536),  # SmolLM2's
     "1B": dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_hidden=8192, rope_theta=5e5),  # Llama 3.2's
     "7B": dict(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, n_hidden=11008, tied=False),  # Llama 2's
-    "8B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_hidden=14336, tied=False, rope_theta=5e5),  # Llama 3's
+    "8B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_hidden=14336, tied=False, rope_theta=5e5),  # 3's
 }
 
 
@@ -108,7 +112,7 @@ class KVCache:
         self.one = rope(mx.ones(1), like)  # a turn by one position
 
     def append(self, layer, k, v):
-        """Write k and v (B, n_kv_head, T, head_size); returns all that is held. What rolls comes one at a time: T = 1."""
+        """Write k and v (B, n_kv_head, T, head_size); returns all that is held. To roll it wants T = 1."""
         k_all, v_all, at = self.k[layer], self.v[layer], self.length
         if at >= self.size:
             at = self.sinks + (at - self.sinks) % (self.size - self.sinks)
@@ -137,7 +141,7 @@ class Linear(nn.Module):
 
 
 class Quantized(nn.Module):
-    """A matrix in 8 or 4 bits a weight: w = q scale with a scale a row, or w = q scale + low in groups of 32 of a row.
+    """A matrix in 8 or 4 bits a weight: w = q scale with a scale a row, or w = q scale + edge in groups of 32 of a row.
 
     torch has products for the CPU that take q as it is and x in bfloat16; MLX has groups in 8 bits too, and takes x in
     float32.
@@ -146,22 +150,22 @@ class Quantized(nn.Module):
     def __init__(self, weight, bits):
         super().__init__()
         self.bits = bits
-        self.q, self.scale, self.low = mx.quantize(weight, 32, bits)
+        self.q, self.scale, self.edge = mx.quantize(weight, 32, bits)
 
     def __call__(self, x):
-        return mx.quantized_matmul(x, self.q, self.scale, self.low, True, 32, self.bits)
+        return mx.quantized_matmul(x, self.q, self.scale, self.edge, True, 32, self.bits)
 
     def rows(self, idx):
-        return mx.dequantize(self.q[idx], self.scale[idx], self.low[idx], 32, self.bits)
+        return mx.dequantize(self.q[idx], self.scale[idx], self.edge[idx], 32, self.bits)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        C, size, rank = config.n_embd, config.head_size, config.lora_rank
-        self.qkv_proj = Linear(C, (config.n_head + 2 * config.n_kv_head) * size, rank * ("qkv_proj" in config.lora_targets))
-        self.o_proj = Linear(config.n_head * size, C, rank * ("o_proj" in config.lora_targets))
+        n_out = (config.n_head + 2 * config.n_kv_head) * config.head_size
+        self.qkv_proj = Linear(config.n_embd, n_out, config.rank("qkv_proj"))  # q, k, v of all heads at once
+        self.o_proj = Linear(config.n_embd, config.n_embd, config.rank("o_proj"))
 
     def __call__(self, x, turn, layer, cache):
         B, T, _ = x.shape
@@ -175,7 +179,7 @@ class Attention(nn.Module):
         return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v):
-        """Head h of q (B, n_head, T, head_size) looks on head h // (n_head / n_kv_head) of k and v (B, n_kv_head, S, ...)."""
+        """q (B, n_head, T, head_size); its head h looks on head h // (n_head / n_kv_head) of k, v (B, n_kv_head, S, ...)."""
         T, S = q.shape[2], k.shape[2]
         mask = "causal" if T > 1 else None  # a single query sees all that is held
         if T > self.config.reach:
@@ -187,9 +191,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, H, rank = config.n_embd, config.n_hidden, config.lora_rank
-        self.gate_up_proj = Linear(C, 2 * H, rank * ("gate_up_proj" in config.lora_targets))
-        self.down_proj = Linear(H, C, rank * ("down_proj" in config.lora_targets))
+        self.gate_up_proj = Linear(config.n_embd, 2 * config.n_hidden, config.rank("gate_up_proj"))
+        self.down_proj = Linear(config.n_hidden, config.n_embd, config.rank("down_proj"))
 
     def __call__(self, x):
         gate, up = mx.split(self.gate_up_proj(x), 2, -1)
@@ -245,18 +248,17 @@ def loss_fn(logits, targets):
 
 def merge(model):
     """Add each 2 B A to its W: the same model, but from now on without LoRA."""
-    model.config.lora_rank = 0
     for module in model.modules():
-        if isinstance(module, Linear):
-            if module.rank:
-                module.weight = module.weight + 2 * module.lora_b @ module.lora_a
-                module.rank = 0
-                del module.lora_a, module.lora_b
+        if isinstance(module, Linear) and module.rank:
+            module.weight = module.weight + 2 * module.lora_b @ module.lora_a
+            module.rank = 0
+            del module.lora_a, module.lora_b
+    model.config.lora_rank = 0
     model.unfreeze()
 
 
 def quantize(model, bits):
-    """Exchange the matrices for ones in 8 or 4 bits; the embedding and the head, which feel it most, have 8 in either."""
+    """Exchange the matrices for ones in few bits; the embedding and the head, which feel it most, never have 4."""
     merge(model)
     for block in model.layers:
         for part, names in (block.self_attn, ("qkv_proj", "o_proj")), (block.mlp, ("gate_up_proj", "down_proj")):
@@ -342,9 +344,19 @@ def trained(model):
     return dict(tree_flatten(model.trainable_parameters()))
 
 
+def gather(p):
+    """The whole of an array as numpy, a copy; with several processes each holds all."""
+    return np.array(p)
+
+
+def scatter(w, p):
+    """The numpy array w as an array like p."""
+    return mx.array(w, p.dtype)
+
+
 def get_weights(model):
     """Every parameter as numpy, {name: array}, a copy."""
-    return {name: np.array(p) for name, p in tree_flatten(model.parameters())}
+    return {name: gather(p) for name, p in tree_flatten(model.parameters())}
 
 
 def set_weights(model, weights):
@@ -354,7 +366,7 @@ def set_weights(model, weights):
         if name in weights:
             if weights[name].shape != p.shape:
                 raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {p.shape}")
-            params[name] = mx.array(weights[name])
+            params[name] = scatter(weights[name], p)
     model.update(tree_unflatten(list(params.items())))
 
 
@@ -368,8 +380,9 @@ def init_weights(model, seed, given):
         if given and "lora" not in name:
             weights[name] = given[name]
         elif w.ndim == 2:
-            std = 0.02 / math.sqrt(2 * model.config.n_layer) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-            std = w.shape[1] ** -0.5 if name.endswith("lora_a") else 0.0 if name.endswith("lora_b") else std
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * model.config.n_layer) if residual else 0.02
+            std = {"lora_a": w.shape[1] ** -0.5, "lora_b": 0.0}.get(name.split(".")[-1], std)
             weights[name] = rng.standard_normal(w.shape, np.float32) * np.float32(std)
         else:
             weights[name] = np.ones_like(w)
@@ -381,14 +394,24 @@ def devices():
     return ["gpu", "cpu"] if mx.is_available(mx.gpu) else ["cpu"]
 
 
+def join():
+    """(rank, size): which of how many processes this is; (0, 1) unless mlx.launch started it."""
+    group = mx.distributed.init()
+    return group.rank(), group.size()
+
+
 class Trainer:
-    """A Llama and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+    """A Llama and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them.
+
+    Several processes, started by mlx.launch, share a batch; each holds all of the weights.
+    """
 
     def __init__(self, config, seed=0, device=None, weights=None):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
         mx.set_default_device(getattr(mx, self.device))
         self.model = Llama(config)
         init_weights(self.model, seed, weights or {})
+        self.rank, self.size = join()
         self.m, self.v = {}, {}  # moments, made at the first step
 
     def arrays(self, *ids):
@@ -404,19 +427,21 @@ class Trainer:
         """
         self.t += 1
         n, loss, grads, parts = int((y >= 0).sum()), 0.0, None, self.config.accumulate
+        x, y = x[self.rank :: self.size], y[self.rank :: self.size]
         loss_and_grads = nn.value_and_grad(self.model, lambda x, y: loss_fn(self.model(x), y) / n)
         for part in zip(np.array_split(x, parts), np.array_split(y, parts)):
             share, new = loss_and_grads(*self.arrays(*part))
             loss, grads = loss + share, tree_map(mx.add, grads, new) if grads else new
             mx.eval(loss, grads)
+        if self.size > 1:
+            loss, grads = tree_map(mx.distributed.all_sum, (loss, grads))
         grads, _ = optim.clip_grad_norm(grads, 1.0)
         grads, params = dict(tree_flatten(grads)), trained(self.model)
         if not self.m:
             self.m, self.v = ({name: mx.zeros_like(p) for name, p in params.items()} for _ in range(2))
         for name, p in params.items():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
-            inner = p.ndim == 2 and name.startswith("layers.") and not self.config.lora_rank  # the matrices of the blocks
-            if self.config.optimizer == "muon" and inner:
+            if self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("layers."):  # the blocks' matrices
                 params[name], self.m[name] = muon(p, grads[name], self.m[name], lr, decay)
             else:
                 moments = self.m[name], self.v[name]
@@ -450,10 +475,11 @@ class Trainer:
 
     def save(self, path, step, **extra):
         """Weights trained, moments, step, config and what train.py wants to remember, to one .npz: all or nothing."""
-        weights = get_weights(self.model)
-        arrays = {name: weights[name] for name in trained(self.model)}
-        arrays |= {f"m.{name}": np.array(m) for name, m in self.m.items()}
-        arrays |= {f"v.{name}": np.array(v) for name, v in self.v.items()}
+        arrays = {name: gather(p) for name, p in trained(self.model).items()}
+        arrays |= {f"m.{name}": gather(m) for name, m in self.m.items()}
+        arrays |= {f"v.{name}": gather(v) for name, v in self.v.items()}
+        if self.rank > 0:
+            return
         meta = {"model": "llama", "config": asdict(self.config), "step": step, **extra}
         with open(f"{path}.part", "wb") as f:
             np.savez(f, meta=json.dumps(meta), **arrays)
@@ -466,6 +492,6 @@ class Trainer:
         set_weights(self.model, {name: arrays[name] for name in trained(self.model)})
         self.t = meta["step"]
         for moments, key in (self.m, "m"), (self.v, "v"):
-            for name in trained(self.model) if self.t else ():
-                moments[name] = mx.array(arrays[f"{key}.{name}"])
+            for name, p in trained(self.model).items() if self.t else ():
+                moments[name] = scatter(arrays[f"{key}.{name}"], p)
         return self.t

@@ -12,9 +12,9 @@ What differs from GPT-2:
 
 LoRA trains y = W x + 2 B A x, A (rank, n_in) and B (n_out, rank), and leaves W as it is.
 
-Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models"; Su et al. 2021 (RoPE); Ainslie et
-al. 2023 (GQA); Shazeer 2020 (SwiGLU); Hu et al. 2021 (LoRA); Xiao et al. 2023 (attention sinks). Names as in the released
-weights, but q, k and v are one matrix, and so are gate and up: one product in place of several.
+Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models"; Su et al. 2021 (RoPE); Ainslie
+et al. 2023 (GQA); Shazeer 2020 (SwiGLU); Hu et al. 2021 (LoRA); Xiao et al. 2023 (attention sinks). Names as in the
+released weights, but q, k and v are one matrix, and so are gate and up: one product in place of several.
 """
 
 import json
@@ -24,8 +24,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass
@@ -57,13 +61,17 @@ class Config:
         self.head_size = self.n_embd // self.n_head
         self.reach = self.window + self.sinks if self.window else self.block_size  # what a cache has to hold
 
+    def rank(self, name):
+        """LoRA's in the matrices of this name; 0: none."""
+        return self.lora_rank if name in self.lora_targets else 0
+
 
 LLAMA = {
     "tiny": dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=128, n_hidden=384),  # 0.8 million parameters
     "135M": dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536),  # SmolLM2's
     "1B": dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_hidden=8192, rope_theta=5e5),  # Llama 3.2's
     "7B": dict(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, n_hidden=11008, tied=False),  # Llama 2's
-    "8B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_hidden=14336, tied=False, rope_theta=5e5),  # Llama 3's
+    "8B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_hidden=14336, tied=False, rope_theta=5e5),  # 3's
 }
 
 
@@ -107,7 +115,7 @@ class KVCache:
         self.one = rope(like.new_ones(1), like)  # a turn by one position
 
     def append(self, layer, k, v):
-        """Write k and v (B, n_kv_head, T, head_size); returns all that is held. What rolls comes one at a time: T = 1."""
+        """Write k and v (B, n_kv_head, T, head_size); returns all that is held. To roll it wants T = 1."""
         k_all, v_all, at = self.k[layer], self.v[layer], self.length
         if at >= self.size:
             at = self.sinks + (at - self.sinks) % (self.size - self.sinks)
@@ -128,7 +136,13 @@ class Linear(nn.Module):
             self.lora_a, self.lora_b = nn.Parameter(torch.zeros(rank, n_in)), nn.Parameter(torch.zeros(n_out, rank))
 
     def forward(self, x):
-        y = x @ self.weight.T
+        cores = torch.get_num_threads()
+        if x.is_cpu and x.numel() == x.shape[-1] and not torch.is_grad_enabled() and self.weight.shape[0] % cores == 0:
+            # one token is a matrix times a vector, which MKL leaves to one core: here each core takes some of the rows
+            rows = self.weight.unflatten(0, (cores, -1))  # (cores, n_out / cores, n_in)
+            y = torch.bmm(x.reshape(1, 1, -1).expand(cores, -1, -1), rows.mT).reshape(*x.shape[:-1], -1)
+        else:
+            y = x @ self.weight.T
         return y + 2 * (x @ self.lora_a.T @ self.lora_b.T) if self.rank else y
 
     def rows(self, idx):
@@ -136,7 +150,7 @@ class Linear(nn.Module):
 
 
 class Quantized(nn.Module):
-    """A matrix in 8 or 4 bits a weight: w = q scale with a scale a row, or w = q scale + low in groups of 32 of a row.
+    """A matrix in 8 or 4 bits a weight: w = q scale with a scale a row, or w = q scale + edge in groups of 32 of a row.
 
     torch has products for the CPU that take q as it is and x in bfloat16; MLX has groups in 8 bits too, and takes x in
     float32.
@@ -151,10 +165,12 @@ class Quantized(nn.Module):
         else:
             groups = weight.unflatten(1, (-1, 32))  # (n_out, n_in / 32, 32)
             low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-            scale = (high - low).clamp(min=1e-8) / 15
-            q = ((groups - low) / scale).round().int().reshape(weight.shape)
+            edge = torch.where(-low > high, low, high)  # the end farther from 0: q = 0, and 0 itself is one of the 16
+            steps = (15 * edge.abs() / (high - low)).round()  # from one to the other
+            scale = torch.where(edge == 0, 1.0, -edge / steps)
+            q = ((groups - edge) / scale).round().clamp(0, 15).int().reshape(weight.shape)
             q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)  # two in a byte
-            scale = torch.cat([scale, low + 8 * scale], 2).swapaxes(0, 1)  # this product has w = (q - 8) scale + zero
+            scale = torch.cat([scale, edge + 8 * scale], 2).swapaxes(0, 1)  # this product has w = (q - 8) scale + zero
         self.register_buffer("q", q)
         self.register_buffer("scale", scale.bfloat16().contiguous())
 
@@ -174,9 +190,9 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        C, size, rank = config.n_embd, config.head_size, config.lora_rank
-        self.qkv_proj = Linear(C, (config.n_head + 2 * config.n_kv_head) * size, rank * ("qkv_proj" in config.lora_targets))
-        self.o_proj = Linear(config.n_head * size, C, rank * ("o_proj" in config.lora_targets))
+        n_out = (config.n_head + 2 * config.n_kv_head) * config.head_size
+        self.qkv_proj = Linear(config.n_embd, n_out, config.rank("qkv_proj"))  # q, k, v of all heads at once
+        self.o_proj = Linear(config.n_embd, config.n_embd, config.rank("o_proj"))
 
     def forward(self, x, turn, layer, cache):
         B, T, _ = x.shape
@@ -190,7 +206,7 @@ class Attention(nn.Module):
         return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v):
-        """Head h of q (B, n_head, T, head_size) looks on head h // (n_head / n_kv_head) of k and v (B, n_kv_head, S, ...)."""
+        """q (B, n_head, T, head_size); its head h looks on head h // (n_head / n_kv_head) of k, v (B, n_kv_head, S, ...)."""
         T, S = q.shape[2], k.shape[2]
         mask = None  # a single query sees all that is held
         if T > 1 and (T < S or T > self.config.reach):
@@ -203,9 +219,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, H, rank = config.n_embd, config.n_hidden, config.lora_rank
-        self.gate_up_proj = Linear(C, 2 * H, rank * ("gate_up_proj" in config.lora_targets))
-        self.down_proj = Linear(H, C, rank * ("down_proj" in config.lora_targets))
+        self.gate_up_proj = Linear(config.n_embd, 2 * config.n_hidden, config.rank("gate_up_proj"))
+        self.down_proj = Linear(config.n_hidden, config.n_embd, config.rank("down_proj"))
 
     def forward(self, x):
         gate, up = self.gate_up_proj(x).chunk(2, -1)
@@ -260,18 +275,17 @@ def loss_fn(logits, targets):
 
 def merge(model):
     """Add each 2 B A to its W: the same model, but from now on without LoRA."""
-    model.config.lora_rank = 0
     for module in model.modules():
-        if isinstance(module, Linear):
-            if module.rank:
-                module.weight.data += 2 * module.lora_b.data @ module.lora_a.data
-                module.rank = 0
-                del module.lora_a, module.lora_b
-            module.weight.requires_grad = True
+        if isinstance(module, Linear) and module.rank:
+            module.weight.data += 2 * module.lora_b.data @ module.lora_a.data
+            module.rank = 0
+            del module.lora_a, module.lora_b
+    model.config.lora_rank = 0
+    model.requires_grad_(True)
 
 
 def quantize(model, bits):
-    """Exchange the matrices for ones in 8 or 4 bits; the embedding and the head, which feel it most, have 8 in either."""
+    """Exchange the matrices for ones in few bits; the embedding and the head, which feel it most, never have 4."""
     merge(model)
     for block in model.layers:
         for part, names in (block.self_attn, ("qkv_proj", "o_proj")), (block.mlp, ("gate_up_proj", "down_proj")):
@@ -359,9 +373,20 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def gather(p):
+    """The whole of an array as numpy, a copy; with several processes each holds a part."""
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu().numpy().copy()
+
+
+def scatter(w, p):
+    """The numpy array w in the place, and in the parts, that p has."""
+    w = torch.from_numpy(w).to(p.device)
+    return distribute_tensor(w, p.device_mesh, p.placements) if isinstance(p, DTensor) else w
+
+
 def get_weights(model):
     """Every parameter as numpy, {name: array}, a copy."""
-    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
+    return {name: gather(p) for name, p in model.named_parameters()}
 
 
 def set_weights(model, weights):
@@ -370,7 +395,7 @@ def set_weights(model, weights):
         if name in weights:
             if weights[name].shape != tuple(p.shape):
                 raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
-            p.data.copy_(torch.from_numpy(weights[name]))
+            p.data.copy_(scatter(weights[name], p))
 
 
 def init_weights(model, seed, given):
@@ -383,8 +408,9 @@ def init_weights(model, seed, given):
         if given and "lora" not in name:
             weights[name] = given[name]
         elif w.ndim == 2:
-            std = 0.02 / math.sqrt(2 * model.config.n_layer) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-            std = w.shape[1] ** -0.5 if name.endswith("lora_a") else 0.0 if name.endswith("lora_b") else std
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * model.config.n_layer) if residual else 0.02
+            std = {"lora_a": w.shape[1] ** -0.5, "lora_b": 0.0}.get(name.split(".")[-1], std)
             weights[name] = rng.standard_normal(w.shape, np.float32) * np.float32(std)
         else:
             weights[name] = np.ones_like(w)
@@ -397,13 +423,29 @@ def devices():
     return [name for name, there in found.items() if there]
 
 
+def join():
+    """(rank, size): which of how many processes this is; (0, 1) unless torchrun started it."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 class Trainer:
-    """A Llama and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+    """A Llama and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them.
+
+    Several processes, started by torchrun, share a batch; of the weights each holds a part, and has a layer's others
+    while that layer is at work (FSDP).
+    """
 
     def __init__(self, config, seed=0, device=None, weights=None):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
         self.model = Llama(config).to(self.device)
         init_weights(self.model, seed, weights or {})
+        self.rank, self.size = join()
+        if self.size > 1:
+            mesh = init_device_mesh(self.device, (self.size,))
+            for part in [*self.model.layers, self.model]:
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
         self.m, self.v = {}, {}  # moments, made at the first step
 
     def arrays(self, *ids):
@@ -420,19 +462,21 @@ class Trainer:
         self.t += 1
         self.model.zero_grad()
         n, loss, parts = int((y >= 0).sum()), 0.0, self.config.accumulate
+        x, y = x[self.rank :: self.size], y[self.rank :: self.size]
         for part in zip(np.array_split(x, parts), np.array_split(y, parts)):
             x, y = self.arrays(*part)
             share = loss_fn(self.model(x), y) / n
-            share.backward()  # adds to the gradients
+            (share * self.size).backward()  # adds to the gradients; of the processes' the mean will be taken
             loss = loss + share.detach()
+        if self.size > 1:
+            dist.all_reduce(loss)
         params = trained(self.model)
         nn.utils.clip_grad_norm_(params.values(), 1.0)
         if not self.m:
             self.m, self.v = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
         for name, p in params.items():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
-            inner = p.ndim == 2 and name.startswith("layers.") and not self.config.lora_rank  # the matrices of the blocks
-            if self.config.optimizer == "muon" and inner:
+            if self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("layers."):  # the blocks' matrices
                 muon(p, p.grad, self.m[name], lr, decay)
             else:
                 adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
@@ -464,10 +508,11 @@ class Trainer:
 
     def save(self, path, step, **extra):
         """Weights trained, moments, step, config and what train.py wants to remember, to one .npz: all or nothing."""
-        weights = get_weights(self.model)
-        arrays = {name: weights[name] for name in trained(self.model)}
-        arrays |= {f"m.{name}": m.cpu().numpy() for name, m in self.m.items()}
-        arrays |= {f"v.{name}": v.cpu().numpy() for name, v in self.v.items()}
+        arrays = {name: gather(p) for name, p in trained(self.model).items()}
+        arrays |= {f"m.{name}": gather(m) for name, m in self.m.items()}
+        arrays |= {f"v.{name}": gather(v) for name, v in self.v.items()}
+        if self.rank > 0:
+            return
         meta = {"model": "llama", "config": asdict(self.config), "step": step, **extra}
         with open(f"{path}.part", "wb") as f:
             np.savez(f, meta=json.dumps(meta), **arrays)
@@ -480,6 +525,6 @@ class Trainer:
         set_weights(self.model, {name: arrays[name] for name in trained(self.model)})
         self.t = meta["step"]
         for moments, key in (self.m, "m"), (self.v, "v"):
-            for name in trained(self.model) if self.t else ():
-                moments[name] = torch.from_numpy(arrays[f"{key}.{name}"]).to(self.device)
+            for name, p in trained(self.model).items() if self.t else ():
+                moments[name] = scatter(arrays[f"{key}.{name}"], p)
         return self.t

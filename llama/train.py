@@ -318,7 +318,7 @@ def load_messages(path):
     """The dialogues of a file in which each line is JSON: {"messages": [{"role": "user", "content": "..."}, ...]}."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-        dialogues = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines if line.strip()]
+        dialogues = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines if line]
         if not all(isinstance(text, str) for dialogue in dialogues for message in dialogue for text in message):
             raise ValueError("a role or a content is no text")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -438,6 +438,11 @@ def main():
         fail("--lora adapts a model that is there: name its folder with --init")
 
     net = load_twin(args)
+    rank, size = net.join()
+    if rank:  # one of several processes speaks and saves
+        sys.stdout = open(os.devnull, "w")
+    if size > 1 and (args.batch_size % (size * args.accumulate) or args.backend == "torch" and args.optimizer == "muon"):
+        fail(f"{size} processes need --optimizer adamw with torch, and --batch-size a multiple of them times --accumulate")
     base, weights = load_llama(source) if source else ({}, None)
     if saved:
         config = saved["config"]
@@ -455,6 +460,10 @@ def main():
     folder = args.tokenizer or source or saved.get("tokenizer")
     alphabet = None if folder else saved["alphabet"] if saved else "".join(sorted(set(load_text(args.data))))
     tokenizer = Tokens(folder) if folder else Characters(alphabet)
+    if args.chat:
+        if not folder:
+            fail("--chat needs a model that has learned to: name its folder with --init")
+        tokenizer.dialogue([("user", "")])
     config.setdefault("vocab_size", tokenizer.vocab_size)
     if tokenizer.vocab_size > config["vocab_size"]:
         fail(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config['vocab_size']}: they don't belong together")
@@ -464,12 +473,12 @@ def main():
     config = net.Config(**config)
     if min(config.window, config.sinks) < 0 or config.sinks >= config.reach or not config.rope_factor >= 1:
         fail("--window must be 0 or more, --sinks less than the context, --factor 1 or more")
-    prompt = np.array([*getattr(tokenizer, "start", []), *tokenizer.encode(args.prompt)], np.int64)
-    if not len(prompt):
-        fail("--prompt is empty: give it a word")
     T = args.block_size or (min(256, config.block_size) if source else config.block_size)
     measured = args.steps or not args.chat and (not source or args.data or args.bits < 32 or args.lengths)
     ids, targets, train, val = load_data(args, tokenizer, T) if measured else [()] * 4
+    prompt = np.array([*getattr(tokenizer, "start", []), *tokenizer.encode(args.prompt)], np.int64)
+    if not len(prompt):
+        fail("--prompt is empty: give it a word")
     try:
         trainer = net.Trainer(config, seed=args.seed, device=args.device, weights=weights)
         start = trainer.load(ckpt) if saved else 0
