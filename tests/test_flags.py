@@ -14,7 +14,7 @@ TURNED = {  # flags before the |, if any, are in both runs
     "autoencoder": ["--seed 1", "--likelihood gaussian", "--jitter 0.1"],
     "transformer": ["--seed 1", "--norm post"],
     "gpt": ["--seed 1"],
-    "diffusion": ["--seed 1", "--predict noise", "--schedule linear", "--ema 0"],
+    "diffusion": ["--seed 1", "--predict noise", "--ema 0"],
 }
 
 
