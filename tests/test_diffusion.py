@@ -302,7 +302,7 @@ def test_toy(tmp_path):
     folder = copy_alone("diffusion", tmp_path / "diffusion")
     args = ["--task", "toy", "--sample-steps", "20", "--batch-size", "128", "--widths", "64", "64"]
     first = result(folder, "torch", *args, "--steps", "0", "--out", "zero")
-    last = result(folder, "torch", *args, "--steps", "400")
+    last = result(folder, "torch", *args, "--steps", "800")
     assert first["score_error"] > 0.4 and last["score_error"] < 0.25
     for name in ("SDE", "ODE", "Langevin"):
         assert last[name] < 0.4 < first[name] - 0.1, (name, first[name], last[name])
@@ -342,10 +342,10 @@ def test_tasks(tmp_path):
 class Judge:
     """A classifier trained on the same pictures (N, 28, 28, 1): which digit each is."""
 
-    def __init__(self, x, labels, steps=250):
+    def __init__(self, x, labels, steps=500):
         torch.manual_seed(0)
-        layers = [torch.nn.Conv2d(1, 8, 4, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 4, 2, 1), torch.nn.ReLU()]
-        self.net = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(16 * 49, 10))
+        layers = [torch.nn.Conv2d(1, 16, 4, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 4, 2, 1), torch.nn.ReLU()]
+        self.net = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(32 * 49, 10))
         optimizer, rng = torch.optim.Adam(self.net.parameters(), 5e-3), np.random.default_rng(0)
         for _ in range(steps):
             i = rng.integers(0, len(x), 64)
@@ -359,15 +359,18 @@ class Judge:
 
 
 def test_quality(train, tmp_path):
-    """A short run draws the digits asked for far more often than chance, and more so with guidance."""
+    """A short run draws the digits asked for far more often than chance."""
     folder = copy_alone("diffusion", tmp_path / "diffusion")
     result(folder, "torch", "--steps", "150", "--count", "2000", "--sample-steps", "3")
-    images, labels = train.make_digits(3000, 7)
+    images, labels = train.make_digits(5000, 7)
     x, labels = np.float32(images[..., None] / 127.5 - 1), torch.from_numpy(labels)
-    judge = Judge(x[:2000], labels[:2000])
-    assert (judge(x[2000:]) == labels[2000:].numpy()).mean() > 0.93
-    net, y = load("diffusion", "mlx"), np.arange(60) % 10
-    trainer = net.Trainer(net.Config(**json.loads(str(np.load(folder / "out/ckpt.npz")["meta"]))["config"]))
-    trainer.load(folder / "out/ckpt.npz")  # torch trained it, MLX draws
+    judge = Judge(x[:4000], labels[:4000])
+    assert (judge(x[4000:]) == labels[4000:].numpy()).mean() > 0.93
+    net, y = load("diffusion", "torch"), np.arange(60) % 10
+    with np.load(folder / "out/ckpt.npz") as f:
+        config = json.loads(str(f["meta"]))["config"]
+    trainer = net.Trainer(net.Config(**config), device="cpu")
+    assert (judge(trainer.sample(y, np.random.default_rng(0), steps=2)[-1]) == y).mean() < 0.25
+    trainer.load(folder / "out/ckpt.npz")
     asked = trainer.sample(y, np.random.default_rng(0), steps=10, guidance=4.0)[-1]
     assert (judge(asked) == y).mean() > 0.3
