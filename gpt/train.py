@@ -584,9 +584,9 @@ def talk(trainer, tokenizer, args):
 
 
 TASKS = {  # what differs in the defaults
-    "text": dict(steps=600, batch_size=8, lr={"muon": 0.01, "adamw": 0.004}),
-    "chat": dict(steps=1000, batch_size=24, lr={"muon": 0.01, "adamw": 0.004}),
-    "rl": dict(steps=100, batch_size=64, lr={"muon": 0.001, "adamw": 0.0005}),
+    "text": dict(steps=600, batch_size=8, optimizer="muon", lr={"muon": 0.01, "adamw": 0.004}),
+    "chat": dict(steps=1000, batch_size=24, optimizer="muon", lr={"muon": 0.01, "adamw": 0.004}),
+    "rl": dict(steps=100, batch_size=64, optimizer="adamw", lr={"muon": 0.001, "adamw": 0.001}),  # Muon enlarges noise
 }
 
 
@@ -607,7 +607,7 @@ def read_args():
     parser.add_argument("--n-embd", type=int, default=128)
     parser.add_argument("--block-size", type=int, help="the context in tokens (default: 128, or the model's)")
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
+    parser.add_argument("--optimizer", choices=["muon", "adamw"], help="default: muon, and adamw for rl")
     parser.add_argument("--steps", type=int, help="0: only evaluate and write")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float, help="the highest rate")
