@@ -179,7 +179,7 @@ class Attention(nn.Module):
         return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v):
-        """q (B, n_head, T, head_size); its head h looks on head h // (n_head / n_kv_head) of k, v (B, n_kv_head, S, ...)."""
+        """q (B, n_head, T, head_size): its head h looks on head h // (n_head / n_kv_head) of k and v, none copied."""
         T, S = q.shape[2], k.shape[2]
         mask = "causal" if T > 1 else None  # a single query sees all that is held
         if T > self.config.reach:
