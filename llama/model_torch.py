@@ -207,6 +207,8 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v):
         """q (B, n_head, T, head_size): its head h looks on head h // (n_head / n_kv_head) of k and v, none copied."""
+        # query t comes after S - T older keys, and sees the keys 0 ... S - T + t. MLX's "causal" is just that; torch's
+        # is_causal lines queries and keys up at their starts, and needs a mask where there are older keys
         T, S = q.shape[2], k.shape[2]
         mask = None  # a single query sees all that is held
         if T > 1 and (T < S or T > self.config.reach):

@@ -3,14 +3,16 @@
 import base64
 import importlib.util
 import json
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from folders import BACKENDS, ROOT, copy_alone, load, make_trainer, start
+from folders import BACKENDS, ROOT, copy_alone, environment, load, make_trainer, run, start
 from test_gpt import array
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -401,3 +403,40 @@ def test_program(backend, tmp_path):
     said, out = result(folder, backend, *args, *talk, typed="the sea?\n")
     assert "> in the hell\n" in out and "val_loss" not in said
     assert (folder / said["files"][-1]).read_text() == "user: the sea?\n\nassistant: in the hell\n\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no torchrun and no mlx.launch")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_processes(backend, tmp_path):
+    """Two processes share the batches and the parts of them: the checkpoint of one, nearly; one of them speaks."""
+    folder, found = copy_alone("llama", tmp_path / "llama"), []
+    args = "--steps 3 --block-size 16 --n-layer 1 --n-embd 32 --tokens 5 --accumulate 2 --optimizer adamw".split()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--starting-port", port, "--", sys.executable]
+    command = [sys.executable, *torchrun] if backend == "torch" else launch
+    two = [*command, "train.py", "--backend", backend, "--device", "cpu", *args, "--out", "two"]
+    done = subprocess.run(two, cwd=folder, env=environment(backend), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("result ") == 1, done.stdout + done.stderr
+    code, _, err = run(folder, backend, *args, "--out", "one")
+    assert code == 0, err
+    for out in ("one", "two"):
+        with np.load(folder / out / "ckpt.npz") as f:
+            found.append({name: f[name] for name in f.files if name != "meta"})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    for name in found[0]:
+        np.testing.assert_allclose(found[1][name], found[0][name], atol=1e-5, err_msg=name)
+
+
+def test_lengths(tmp_path):
+    """A text longer than trained on: the plain positions lose it, stretched ones less; a window does not mind."""
+    folder = copy_alone("llama", tmp_path / "llama")
+    (folder / "own.txt").write_text("".join(f"{i % 7} and {i * i % 10}, " for i in range(4000)))
+    args = "--data own.txt --block-size 16 --n-layer 1 --n-embd 32 --tokens 300 --prompt 12 --lengths 16 64 --batch-size 16".split()
+    plain, _ = result(folder, "mlx", *args, "--steps", 150)
+    window, _ = result(folder, "mlx", *args, "--resume", "--steps", 0, "--window", 12, "--sinks", 0)
+    linear, _ = result(folder, "mlx", *args, "--resume", "--steps", 0, "--rope", "linear", "--factor", 4)
+    print(plain, window, linear)
+    assert len((folder / "out/sample.txt").read_text()) == 302
