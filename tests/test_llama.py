@@ -254,6 +254,18 @@ def test_only_targets_count(backend):
     assert loss == pytest.approx(-log_p[np.arange(10), y[0, :10]].mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_are_checked(backend):
+    trainer, good = make_trainer("llama", 0, backend), np.zeros((1, 4), np.int64)
+    for bad in (31, -1):
+        with pytest.raises(ValueError, match="token"):
+            trainer.step(good + bad, good, lr=0.1)
+        with pytest.raises(ValueError, match="token"):
+            next(trainer.generate(good + bad, 1))
+    with pytest.raises(ValueError, match="token"):
+        trainer.step(good, good - 2, lr=0.1)
+
+
 # ---- tokens and dialogues --------------------------------------------------------------------------------------------
 
 SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
