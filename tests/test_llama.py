@@ -153,7 +153,8 @@ def test_sinks(backend):
 def test_lora(backend, tmp_path):
     """It starts from the model as it is, trains and saves A and B alone, and merged it is the same model."""
     net, base = randomised(backend)
-    config = net.Config(**{**vars_of(base.config), "optimizer": "adamw", "lora_rank": 3, "lora_targets": ["qkv_proj", "down_proj"]})
+    lora = dict(optimizer="adamw", lora_rank=3, lora_targets=["qkv_proj", "down_proj"])
+    config = net.Config(**{**vars_of(base.config), **lora})
     trainer = net.Trainer(config, device="cpu", weights=net.get_weights(base.model))
     x, y = np.arange(48).reshape(2, 24) % 29, np.arange(1, 49).reshape(2, 24) % 29
     np.testing.assert_allclose(logits(backend, trainer, x), logits(backend, base, x), atol=1e-5)
@@ -427,7 +428,7 @@ def test_processes(backend, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--starting-port", port, "--", sys.executable]
+    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--starting-port", port, "--", sys.executable]
     command = [sys.executable, *torchrun] if backend == "torch" else launch
     two = [*command, "train.py", "--backend", backend, "--device", "cpu", *args, "--out", "two"]
     done = subprocess.run(two, cwd=folder, env=environment(backend), capture_output=True, text=True)
@@ -446,7 +447,8 @@ def test_lengths(tmp_path):
     """Texts longer than trained on: worse than short ones, but not with a window; and --rope turns the positions."""
     folder = copy_alone("llama", tmp_path / "llama")
     (folder / "own.txt").write_text("".join(f"{i % 7} and {i * i % 10}, " for i in range(4000)))
-    args = "--data own.txt --block-size 16 --n-layer 1 --n-embd 32 --tokens 300 --prompt 12 --lengths 16 64 --batch-size 16".split()
+    args = "--data own.txt --block-size 16 --n-layer 1 --n-embd 32 --batch-size 16 --tokens 300 --prompt 12".split()
+    args += ["--lengths", "16", "64"]
     plain, _ = result(folder, "mlx", *args, "--steps", 150)
     window, _ = result(folder, "mlx", *args, "--resume", "--steps", 0, "--window", 12, "--sinks", 0)
     linear, _ = result(folder, "mlx", *args, "--resume", "--steps", 0, "--rope", "linear", "--factor", 4)
