@@ -179,7 +179,9 @@ class Attention(nn.Module):
         return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v):
-        """q (B, n_head, T, head_size); its head h looks on head h // (n_head / n_kv_head) of k, v (B, n_kv_head, S, ...)."""
+        """q (B, n_head, T, head_size): its head h looks on head h // (n_head / n_kv_head) of k and v, none copied."""
+        # query t comes after S - T older keys, and sees the keys 0 ... S - T + t. MLX's "causal" is just that; torch's
+        # is_causal lines queries and keys up at their starts, and needs a mask where there are older keys
         T, S = q.shape[2], k.shape[2]
         mask = "causal" if T > 1 else None  # a single query sees all that is held
         if T > self.config.reach:
@@ -408,17 +410,17 @@ class Trainer:
 
     def __init__(self, config, seed=0, device=None, weights=None):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
+        self.rank, self.size = join()
         mx.set_default_device(getattr(mx, self.device))
         self.model = Llama(config)
         init_weights(self.model, seed, weights or {})
-        self.rank, self.size = join()
         self.m, self.v = {}, {}  # moments, made at the first step
 
-    def arrays(self, *ids):
+    def arrays(self, x, *y):
         """Numpy to the framework. Tokens are checked first: MLX would read past the end of an array without a word."""
-        if any(a.min() < -1 or a.max() >= self.config.vocab_size for a in ids):
+        if x.min() < 0 or any(a.min() < -1 or a.max() >= self.config.vocab_size for a in (x, *y)):
             raise ValueError(f"a token is outside 0 ... {self.config.vocab_size - 1}")
-        return [mx.array(a) for a in ids]
+        return [mx.array(a) for a in (x, *y)]
 
     def step(self, x, y, lr):
         """One update on x (B, T) int64 and y, x moved on by one, -1 where nothing is to be learned.

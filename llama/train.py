@@ -9,7 +9,8 @@
     python train.py --init DIR --prompt "Once upon a time" --bits 8       writing, in 8 bits, beside float32
     python train.py --init DIR --data own.jsonl --lora 8 --steps 100      fine-tuned
 
---data: tinyshakespeare, a text file, or dialogues, {"messages": [{"role": "user", "content": "..."}, ...]} in each line.
+--data: tinyshakespeare, a text file or dialogues, {"messages": [{"role": "user", "content": "..."}, ...]} in each line.
+Several processes: torchrun --nproc_per_node 2 train.py --optimizer adamw, or mlx.launch -n 2 -- python train.py.
 """
 
 import argparse
@@ -158,7 +159,7 @@ def read_safetensors(folder):
 
 
 def load_llama(folder):
-    """The arguments of Config and the weights {name: array} that a folder holds; other models than Llama's are refused."""
+    """The arguments of Config and the weights {name: array} that a folder holds; all but a Llama is refused."""
     try:
         c = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         rope = {**c, **(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
@@ -241,12 +242,12 @@ TEMPLATES = {  # of a dialogue, by a token that tells them: its start, and what 
 
 
 def read_tokenizer(folder):
-    """Of a folder's tokenizer: the tokens as bytes in the order they were learned, those with a meaning, ids, pattern."""
+    """Of a folder's tokenizer: tokens as bytes in the order they were learned, those with a meaning, ids, pattern."""
     if (file := Path(folder) / "tokenizer.model").exists() and not (Path(folder) / "tokenizer.json").exists():
         try:
             ranked = [base64.b64decode(line.split()[0], validate=True) for line in file.read_bytes().splitlines()]
         except (ValueError, IndexError):
-            fail(f"{file} is no tokenizer of Llama 3, perhaps SentencePiece's of Llama 2: have a tokenizer.json of bytes")
+            fail(f"{file} is not Llama 3's, perhaps SentencePiece's as Llama 2 has: only byte-level BPE is read here")
         names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
         special = [f"<|{names.get(i, f'reserved_{i}')}|>" for i in range(256)]
         return ranked, special, np.arange(len(ranked) + 256), LLAMA3
@@ -270,7 +271,7 @@ def read_tokenizer(folder):
         ids = [vocab.get(token, -1) for token in ranked] + list(special.values())  # a byte may be missing
         return [bytes(byte[c] for c in token) for token in ranked], list(special), np.array(ids), pattern
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{file} can't be read as a tokenizer ({error!r}): --init and --tokenizer need it, or Llama 3's tokenizer.model")
+        fail(f"{file} can't be read ({error!r}): a model's folder must have it, or Llama 3's tokenizer.model")
 
 
 class Tokens:
@@ -299,10 +300,10 @@ class Tokens:
         return self.bytes.get(token, b"")
 
     def dialogue(self, messages):
-        """The tokens of [(role, text)] in the model's form, and which of them the assistant says; open if it is its turn."""
+        """The tokens of [(role, text)] in the model's form, open if it is its turn, and which of them are its own."""
         form = next((form for key, form in TEMPLATES.items() if key in self.special), None)
         if not form:
-            fail("the tokens of this model are neither ChatML's nor Llama 3's, so that it can't chat: give it a --prompt")
+            fail("this model's tokens are neither ChatML's nor Llama 3's, so that it can't chat: give it a --prompt")
         start, before, after = form
         parts = [(start, True, False)]
         for role, text in messages:
@@ -329,7 +330,7 @@ def load_messages(path):
 
 
 def load_data(args, tokenizer, T):
-    """What to learn: ids and targets in one row each, and where in it windows of T + 1 begin, to train on and held out."""
+    """What to learn: all ids and targets, and where in them windows of T + 1 begin, to train on and held out."""
     if str(args.data).endswith(".jsonl"):
         if not isinstance(tokenizer, Tokens):
             fail("dialogues need a model that knows their form: name its folder with --init")
@@ -386,18 +387,18 @@ def main():
     parser.error = fail
     parser.add_argument("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch")
     parser.add_argument("--init", help="start from the Llama in this folder (config.json, *.safetensors, tokenizer)")
-    parser.add_argument("--data", help="tinyshakespeare, a text file or a .jsonl of dialogues (default: Python's manual)")
+    parser.add_argument("--data", help="tinyshakespeare, a text file, dialogues.jsonl (default: Python's manual)")
     parser.add_argument("--tokenizer", help="characters, or the folder of a tokenizer (default: --init's)")
     parser.add_argument("--size", choices=["tiny", "135M", "1B", "7B", "8B"], default="tiny")
     parser.add_argument("--n-layer", type=int, help="in place of the size's, and so are the next three")
     parser.add_argument("--n-head", type=int)
     parser.add_argument("--n-kv-head", type=int, help="heads of keys and values: a divisor of --n-head")
     parser.add_argument("--n-embd", type=int)
-    parser.add_argument("--block-size", type=int, help="the tokens that it trains on at once (default: 128, of --init 256)")
-    parser.add_argument("--window", type=int, help="how far back a token sees (default: --block-size, of --init all)")
+    parser.add_argument("--block-size", type=int, help="how many tokens it learns from at once (default: 128)")
+    parser.add_argument("--window", type=int, help="how many tokens a token sees, itself included (default: all)")
     parser.add_argument("--sinks", type=int, help="the first tokens, seen beyond the window (default: 4)")
-    parser.add_argument("--rope", choices=["default", "linear", "llama3"], help="how positions stretch for longer texts")
-    parser.add_argument("--factor", type=float, help="by how much")
+    parser.add_argument("--rope", choices=["default", "linear", "llama3"], help="how to stretch positions")
+    parser.add_argument("--factor", type=float, help="by how much: texts may be so many times as long")
     parser.add_argument("--lengths", type=int, nargs="+", default=[], help="print the perplexity of texts this long")
     parser.add_argument("--optimizer", choices=["muon", "adamw"], help="(default: muon, of --init adamw)")
     parser.add_argument("--lora", type=int, default=0, help="the rank of adapters, trained in place of the weights")
@@ -406,7 +407,7 @@ def main():
     parser.add_argument("--steps", type=int, help="0: only evaluate and write (default: 600, of --init 0)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1, help="the parts that a batch is taken in")
-    parser.add_argument("--lr", type=float, help="the highest rate (default: muon 0.01, adamw 0.004, LoRA 5e-4, --init 3e-5)")
+    parser.add_argument("--lr", type=float, help="(default: muon 0.01, adamw 0.004, --init 3e-5, --lora 5e-4)")
     parser.add_argument("--warmup", type=int, default=30, help="steps in which the rate rises")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().with_name("out"))
@@ -430,8 +431,10 @@ def main():
     args.steps = (0 if source else 600) if args.steps is None else args.steps
     args.temperature = (0.2 if source else 0.8) if args.temperature is None else args.temperature
     args.log_every = max(1, args.steps // 20)
-    if min(args.steps, args.tokens, args.lora) < 0 or not 1 <= args.accumulate <= args.batch_size:
-        fail("--steps, --tokens and --lora must be 0 or more, --batch-size 1 or more, --accumulate 1 to --batch-size")
+    if min(args.steps, args.tokens, args.lora) < 0 or min(args.batch_size, args.warmup) < 1:
+        fail("--steps, --tokens and --lora must be 0 or more, --batch-size and --warmup 1 or more")
+    if not 1 <= args.accumulate <= args.batch_size:
+        fail("--accumulate must be 1 to --batch-size")
     if not (0 < args.lr < math.inf and 0 <= args.temperature and 0 < args.top_p <= 1) or args.top_k == 0:
         fail("--lr must be more than 0, --temperature 0 or more, --top-p a share of 1, --top-k 1 or more")
     if args.lora and not source:
@@ -441,8 +444,10 @@ def main():
     rank, size = net.join()
     if rank:  # one of several processes speaks and saves
         sys.stdout = open(os.devnull, "w")
-    if size > 1 and (args.batch_size % (size * args.accumulate) or args.backend == "torch" and args.optimizer == "muon"):
-        fail(f"{size} processes need --optimizer adamw with torch, and --batch-size a multiple of them times --accumulate")
+    if args.batch_size % (size * args.accumulate) and size > 1:
+        fail(f"--batch-size must be a multiple of {size * args.accumulate}: {size} processes, {args.accumulate} parts")
+    if size > 1 and args.backend == "torch" and args.optimizer == "muon":
+        fail("torchrun takes the matrices apart that muon needs whole: add --optimizer adamw")
     base, weights = load_llama(source) if source else ({}, None)
     if saved:
         config = saved["config"]
@@ -466,16 +471,20 @@ def main():
         tokenizer.dialogue([("user", "")])
     config.setdefault("vocab_size", tokenizer.vocab_size)
     if tokenizer.vocab_size > config["vocab_size"]:
-        fail(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config['vocab_size']}: they don't belong together")
+        fail(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config['vocab_size']}: name its own")
     n, n_kv, C = config["n_head"], config["n_kv_head"], config["n_embd"]
     if min(n, n_kv, C, config["n_layer"], config["block_size"]) < 1 or C % (2 * n) or n % n_kv:
         fail("--n-embd must be a multiple of twice --n-head, --n-head of --n-kv-head, and all 1 or more")
     config = net.Config(**config)
     if min(config.window, config.sinks) < 0 or config.sinks >= config.reach or not config.rope_factor >= 1:
         fail("--window must be 0 or more, --sinks less than the context, --factor 1 or more")
+    if args.bits < 32 and (args.backend == "torch" and args.device != "cpu" or (C | config.n_hidden) % 32):
+        fail("--bits 8 and 4 need --device cpu with torch, and widths that are multiples of 32")
     T = args.block_size or (min(256, config.block_size) if source else config.block_size)
     measured = args.steps or not args.chat and (not source or args.data or args.bits < 32 or args.lengths)
     ids, targets, train, val = load_data(args, tokenizer, T) if measured else [()] * 4
+    if args.lengths and not 1 <= min(args.lengths) <= max(args.lengths) < len(ids) - val[0]:
+        fail(f"--lengths must be 1 to {len(ids) - val[0] - 1}, the tokens of the text held out")
     prompt = np.array([*getattr(tokenizer, "start", []), *tokenizer.encode(args.prompt)], np.int64)
     if not len(prompt):
         fail("--prompt is empty: give it a word")
@@ -484,10 +493,11 @@ def main():
         start = trainer.load(ckpt) if saved else 0
     except (KeyError, ValueError) as error:
         fail(f"the weights do not fit the model ({error}): fetch or train them again")
+    del weights
     sizes = {name: w.size for name, w in net.get_weights(trainer.model).items()}
     params, learning = sum(sizes.values()), sum(sizes[name] for name in net.trained(trainer.model))
     print(f"llama: {args.backend} on {args.device}, {params:,} parameters, {learning:,} of them to train; "
-          f"{args.data or 'manual of Python'}: {len(train) + len(val):,} windows of {T} tokens, {len(val):,} held out; "
+          f"{args.data or 'manual of Python'}: {len(ids):,} tokens, {len(ids) and len(ids) - val[0]:,} held out; "
           f"files go to {args.out}", flush=True)  # fmt: skip
 
     def batch(step):
@@ -508,7 +518,8 @@ def main():
         return {"val_loss": total / n}
 
     some = val[:: max(1, len(val) // 64)]  # enough for the log; the result is of all of them
-    memory = dict(alphabet=alphabet, tokenizer=args.tokenizer, init=source and str(Path(source).resolve()))
+    places = {"tokenizer": folder, "init": source}
+    memory = {"alphabet": alphabet} | {name: place and str(Path(place).resolve()) for name, place in places.items()}
     speed = fit(trainer, batch, lambda: evaluate(some), lr, args, start, **memory)
     files, result = [ckpt], {}
     if args.merge:

@@ -3,14 +3,16 @@
 import base64
 import importlib.util
 import json
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from folders import BACKENDS, ROOT, copy_alone, load, make_trainer, start
+from folders import BACKENDS, ROOT, copy_alone, environment, load, make_trainer, run, start
 from test_gpt import array
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -151,7 +153,8 @@ def test_sinks(backend):
 def test_lora(backend, tmp_path):
     """It starts from the model as it is, trains and saves A and B alone, and merged it is the same model."""
     net, base = randomised(backend)
-    config = net.Config(**{**vars_of(base.config), "optimizer": "adamw", "lora_rank": 3, "lora_targets": ["qkv_proj", "down_proj"]})
+    lora = dict(optimizer="adamw", lora_rank=3, lora_targets=["qkv_proj", "down_proj"])
+    config = net.Config(**{**vars_of(base.config), **lora})
     trainer = net.Trainer(config, device="cpu", weights=net.get_weights(base.model))
     x, y = np.arange(48).reshape(2, 24) % 29, np.arange(1, 49).reshape(2, 24) % 29
     np.testing.assert_allclose(logits(backend, trainer, x), logits(backend, base, x), atol=1e-5)
@@ -250,6 +253,18 @@ def test_only_targets_count(backend):
     log_p = logits(backend, trainer, x)[0, :10]
     log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
     assert loss == pytest.approx(-log_p[np.arange(10), y[0, :10]].mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_are_checked(backend):
+    trainer, good = make_trainer("llama", 0, backend), np.zeros((1, 4), np.int64)
+    for bad in (31, -1):
+        with pytest.raises(ValueError, match="token"):
+            trainer.step(good + bad, good, lr=0.1)
+        with pytest.raises(ValueError, match="token"):
+            next(trainer.generate(good + bad, 1))
+    with pytest.raises(ValueError, match="token"):
+        trainer.step(good, good - 2, lr=0.1)
 
 
 # ---- tokens and dialogues --------------------------------------------------------------------------------------------
@@ -401,3 +416,43 @@ def test_program(backend, tmp_path):
     said, out = result(folder, backend, *args, *talk, typed="the sea?\n")
     assert "> in the hell\n" in out and "val_loss" not in said
     assert (folder / said["files"][-1]).read_text() == "user: the sea?\n\nassistant: in the hell\n\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no torchrun and no mlx.launch")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_processes(backend, tmp_path):
+    """Two processes share the batches and the parts of them: the checkpoint of one, nearly; one of them speaks."""
+    folder, found = copy_alone("llama", tmp_path / "llama"), []
+    args = "--steps 3 --block-size 16 --n-layer 1 --n-embd 32 --tokens 5 --accumulate 2 --optimizer adamw".split()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--starting-port", port, "--", sys.executable]
+    command = [sys.executable, *torchrun] if backend == "torch" else launch
+    two = [*command, "train.py", "--backend", backend, "--device", "cpu", *args, "--out", "two"]
+    done = subprocess.run(two, cwd=folder, env=environment(backend), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("result ") == 1, done.stdout + done.stderr
+    code, _, err = run(folder, backend, *args, "--out", "one")
+    assert code == 0, err
+    for out in ("one", "two"):
+        with np.load(folder / out / "ckpt.npz") as f:
+            found.append({name: f[name] for name in f.files if name != "meta"})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    for name in found[0]:
+        np.testing.assert_allclose(found[1][name], found[0][name], atol=1e-5, err_msg=name)
+
+
+def test_lengths(tmp_path):
+    """Texts longer than trained on: worse than short ones, but not with a window; and --rope turns the positions."""
+    folder = copy_alone("llama", tmp_path / "llama")
+    (folder / "own.txt").write_text("".join(f"{i % 7} and {i * i % 10}, " for i in range(4000)))
+    args = "--data own.txt --block-size 16 --n-layer 1 --n-embd 32 --batch-size 16 --tokens 300 --prompt 12".split()
+    args += ["--lengths", "16", "64"]
+    plain, _ = result(folder, "mlx", *args, "--steps", 150)
+    window, _ = result(folder, "mlx", *args, "--resume", "--steps", 0, "--window", 12, "--sinks", 0)
+    linear, _ = result(folder, "mlx", *args, "--resume", "--steps", 0, "--rope", "linear", "--factor", 4)
+    assert plain["perplexity_16"] == pytest.approx(plain["perplexity"], rel=1e-6)
+    assert plain["perplexity_64"] > 1.1 * plain["perplexity_16"] > window["perplexity_64"]
+    assert linear["perplexity_16"] > 1.1 * plain["perplexity_16"]
+    assert len((folder / "out/sample.txt").read_text()) == 302
