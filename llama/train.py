@@ -415,7 +415,7 @@ def main():
     parser.add_argument("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best there is)")
     parser.add_argument("--bits", type=int, choices=[32, 8, 4], default=32, help="write with weights of so many bits")
     parser.add_argument("--chat", action="store_true", help="answer what is typed, until Ctrl-D")
-    parser.add_argument("--system", default="You are a helpful AI assistant.", help="what a chat begins with")
+    parser.add_argument("--system", default="", help="what a chat begins with: who answers, and how")
     parser.add_argument("--prompt", default="The ")
     parser.add_argument("--tokens", type=int, default=500, help="how many to write")
     parser.add_argument("--temperature", type=float, help="0: always the likeliest token (default: 0.8, of --init 0.2)")
