@@ -589,8 +589,8 @@ def main():
         rng = np.random.default_rng((args.seed, 7))
         look = arrays(draw_points(2000, rng)[:, None, None], np.zeros(2000, int), rng)
     else:
-        y = encode(CAPTIONS[i] for i in test_y[:500]) if text else test_y[:500]
-        look = arrays(test[:500], y, np.random.default_rng((args.seed, 7)))
+        y = encode(CAPTIONS[i] for i in test_y[:200]) if text else test_y[:200]
+        look = arrays(test[:200], y, np.random.default_rng((args.seed, 7)))
 
     def evaluate():
         return {name: float(v) for name, v in trainer.evaluate(*look).items()}
