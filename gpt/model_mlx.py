@@ -350,12 +350,11 @@ class Trainer:
         grads, _ = optim.clip_grad_norm(dict(tree_flatten(nn.average_gradients(grads))), 1.0)
         for name, p in params.items():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
-            fast = 2 if self.config.optimizer == "muon" and name in ("wte.weight", "wpe.weight") else 1  # beside Muon
             if self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("h."):  # the matrices of the blocks
                 params[name], self.m[name] = muon(p, grads[name], self.m[name], lr, decay)
             else:
                 moments = self.m[name], self.v[name]
-                params[name], self.m[name], self.v[name] = adamw(p, grads[name], *moments, fast * lr, self.t, decay)
+                params[name], self.m[name], self.v[name] = adamw(p, grads[name], *moments, lr, self.t, decay)
         self.model.update(tree_unflatten(list(params.items())))
         mx.eval(loss, params, self.m, self.v)
         return {"loss": loss}

@@ -352,11 +352,10 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for name, p in self.model.named_parameters():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
-            fast = 2 if self.config.optimizer == "muon" and name in ("wte.weight", "wpe.weight") else 1  # beside Muon
             if self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("h."):  # the matrices of the blocks
                 muon(p, p.grad, self.m[name], lr, decay)
             else:
-                adamw(p, p.grad, self.m[name], self.v[name], fast * lr, self.t, decay)
+                adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
         return {"loss": loss}
 
     @torch.no_grad()
