@@ -108,7 +108,7 @@ class Attention(nn.Module):
     def __init__(self, n, n_context):
         super().__init__()
         self.norm, self.q, self.kv = nn.LayerNorm(n), nn.Linear(n, n), nn.Linear(n_context, 2 * n)
-        self.out, self.n_head = nn.Linear(n, n), max(1, n // 32)
+        self.out, self.n_head = nn.Linear(n, n), math.gcd(n, max(1, n // 32))
 
     def __call__(self, x, context=None):
         (B, N, C), h = x.shape, self.norm(x)

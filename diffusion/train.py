@@ -514,8 +514,8 @@ def main():
     toy, text = args.task == "toy", args.task == "text"
     if args.steps < 0 or not 0 < args.lr < math.inf or not 0 <= args.ema < 1 or not 0 <= args.guidance < math.inf:
         fail("--steps and --guidance must be 0 or more, --lr more than 0, --ema from 0 to less than 1")
-    if min(args.batch_size, *args.widths, args.fold or 1) < 1 or args.count < 100:
-        fail("--batch-size, --widths and --fold must be 1 or more, --count 100 or more")
+    if min(args.batch_size, *args.widths, args.fold or 1) < 1 or args.widths[0] % 2 or args.count < 100:
+        fail("--batch-size, --widths and --fold must be 1 or more, the first of --widths even, --count 100 or more")
     if not 2 <= args.sample_steps <= 1000:
         fail("--sample-steps must be from 2 to 1000")
     least = 28 if args.data in ("digits", "mnist", "fashion") and not text else 8

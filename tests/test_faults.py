@@ -201,6 +201,7 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--data", "mnist"], "train-images"),
         (["--data", "cifar10"], "cifar-10-binary.tar.gz"),
         (["--widths", "0"], "--widths"),
+        (["--widths", "9", "8"], "even"),
         (["--fold", "-1"], "--fold"),
         (["--size", "30"], "--size"),
         (["--size", "8"], "--size"),
