@@ -586,7 +586,7 @@ def talk(trainer, tokenizer, args):
 TASKS = {  # what differs in the defaults
     "text": dict(steps=600, batch_size=8, optimizer="muon", lr={"muon": 0.01, "adamw": 0.004}),
     "chat": dict(steps=1500, batch_size=24, optimizer="muon", lr={"muon": 0.01, "adamw": 0.004}),
-    "rl": dict(steps=160, batch_size=256, optimizer="adamw", lr={"muon": 0.0003, "adamw": 0.0003}),
+    "rl": dict(steps=240, batch_size=256, optimizer="adamw", lr={"muon": 0.0003, "adamw": 0.0003}),
 }
 
 
