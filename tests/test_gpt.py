@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import string
 import subprocess
 import sys
 from functools import partial
@@ -440,7 +441,7 @@ def test_dialogues():
         first, second, end = answer.split("=")
         assert end == result and eval(first) == int(re.match(r"\d+", second)[0]) and eval(second) == int(result)
         assert question not in seen and (sign == "minus" or other not in seen)
-    letters = TRAIN.Characters("".join(sorted(set("assistant user" + TRAIN.string.printable + TRAIN.END))))
+    letters = TRAIN.Characters("".join(sorted(set("assistant user" + string.printable + TRAIN.END))))
     args = argparse.Namespace(block_size=90, data=None, seed=0, batch_size=4)
     x, y, weights = TRAIN.Chat(None, letters, args, dialogues).batch(3)
     assert x.shape == y.shape == weights.shape and x.shape[1] <= 90 and (x[:, 1:] == y[:, :-1]).all()
@@ -450,6 +451,31 @@ def test_dialogues():
         learnt = "".join(letters.decode(i).decode() for i in row[weight > 0])
         said = [part.split("\n", 1)[1] for part in text.split(TRAIN.END) if part.startswith("assistant\n")]
         assert TRAIN.END.join(said).startswith(learnt.rstrip(TRAIN.END)) and len(learnt) >= len("".join(said))
+
+
+def test_answers_are_weighed():
+    """Of what is said to a sum only the answer counts, to its END: upwards if the result is right, else downwards."""
+    tokenizer = TRAIN.Characters("".join(sorted({*string.printable, TRAIN.END})))
+
+    class Scripted:
+        def generate(self, prompts, n, temperature, seed):
+            asked = b"".join(map(tokenizer.decode, prompts[0])).decode()
+            a, word, b = re.search(r"(\d+) (plus|minus) (\d+)", asked).groups()
+            result = str(int(a) + int(b) if word == "plus" else int(a) - int(b))
+            self.said = [result, f"9+9={result}", f"{result}=x", "no"]
+            rows = [tokenizer.encode((text + TRAIN.END).ljust(n, "z")) for text in self.said]
+            yield from np.stack(rows, 1)
+
+        def log_prob(self, x, y):
+            return np.zeros(x.shape, np.float32)
+
+    trainer, args = Scripted(), argparse.Namespace(seed=0, batch_size=4, group=4, beta=0.1)
+    x, y, weights = TRAIN.Reward(trainer, tokenizer, args, trainer).batch(3)
+    assert (x[:, 1:] == y[:, :-1]).all()
+    for row, text, weight in zip(range(4), trainer.said, (1, 1, -1, -1)):
+        counts = weights[row] != 0
+        assert b"".join(map(tokenizer.decode, y[row][counts])).decode() == text + TRAIN.END
+        np.testing.assert_allclose(weights[row][counts], weight / 6, rtol=1e-6)  # (1 - 1/3) / 4 and (0 - 2/3) / 4
 
 
 def test_chat_and_reward(tmp_path):
