@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 PAD, BOS, EOS = 0, 1, 2
 SETS = {  # how each set of data is learnt by default; the others as a file of pairs
     "numbers": dict(steps=580, batch_size=64, lr=0.01, length=40, n_layer=2, width=128, beam=1),
-    "multi30k": dict(steps=3000, batch_size=64, lr=0.005, length=64, n_layer=3, width=256, smoothing=0.1),
+    "multi30k": dict(steps=3600, batch_size=64, lr=0.008, length=64, n_layer=3, width=128, smoothing=0.1, dropout=0.1),
     "digits": dict(steps=400, batch_size=64, lr=0.01, length=1, n_layer=4, width=64, shift=2, flip=False),
     "mnist": dict(steps=2000, batch_size=64, lr=0.01, length=1, n_layer=4, width=64, shift=2, flip=False),
     "fashion": dict(steps=2000, batch_size=64, lr=0.01, length=1, n_layer=4, width=64, shift=2, flip=True),
@@ -438,7 +438,7 @@ def draw_shape(caption, rng, size=32):
 
 PAPER, INK, GREEN, GREY = (250, 250, 247), (60, 60, 60), (44, 160, 44), (150, 150, 150)
 FIGURES = "0 1 2 3 4 5 6 7 8 9 10 100 1000 10^4 10^8".split()  # Pillow's font has no Chinese
-PLAIN = dict(zip("零一二三四五六七八九十百千萬億", FIGURES))
+PLAIN = dict(zip("零一二三四五六七八九十百千萬億äöüÄÖÜß", [*FIGURES, *"aouAOU", "ss"]))  # and no umlauts
 
 
 def draw_attention(p, source, target):
