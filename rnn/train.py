@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 TASKS = {
     "text": dict(cell="lstm", n_hidden=256, steps=600, batch_size=32, lr=0.03, optimizer="muon", length=64),
     "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw"),
-    "speech": dict(cell="gru", n_hidden=64, steps=200, batch_size=64, lr=6e-3, optimizer="adamw"),
+    "speech": dict(cell="gru", n_hidden=128, steps=600, batch_size=64, lr=6e-3, optimizer="adamw"),
     "speak": dict(cell="gru", n_hidden=160, steps=800, batch_size=16, lr=0.02, optimizer="muon", length=256, decay=0.0),
     "gradients": dict(cell="rnn", n_hidden=64, steps=300, batch_size=64, lr=0.03, optimizer="sgd", length=60),
 }
