@@ -199,6 +199,14 @@ def test_numbers(train):
     assert len({train.to_english(n) for n in drawn}) == len(set(drawn))
 
 
+def test_labels_of_attention(train):
+    """Pillow's font has no umlauts and no Chinese: other letters stand for them, never the box of a missing one."""
+    p = np.full((1, 1), 0.5)
+    for word, plain in (("Fünf", "Funf"), ("Äöß", "Aoss"), ("億", "10^8")):
+        drawn, wanted, box = (np.array(train.draw_attention(p, ["a"], [text])) for text in (word, plain, "\u2603"))
+        assert (drawn == wanted).all() and (drawn != box).any()
+
+
 def test_bleu(train):
     """The example that sacreBLEU publishes, 48.53; sentences that are the same; and the smoothing by hand."""
     answers = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
