@@ -1,4 +1,4 @@
-"""Does every folder run, alone and in both frameworks, and does it learn?  python tests/smoke_test.py [FOLDER ...]
+"""Does every folder run, alone and in both frameworks, and does it learn?  python tests/smoke_test.py [FRAMEWORK] [FOLDER ...]
 
 Copies each folder to an empty place, runs its train.py there for a few seconds, checks a figure against a bound that an
 untrained model misses, and looks at the files that it wrote. Needs the five packages and nothing else.
@@ -39,9 +39,9 @@ def test_smoke(name):
 
 
 def main():
-    counts = {"passed": 0, "failed": 0}
-    for name in sys.argv[1:] or FOLDERS:
-        for backend in BACKENDS:
+    counts, asked = {"passed": 0, "failed": 0}, sys.argv[1:]
+    for name in [name for name in asked if name not in BACKENDS] or FOLDERS:
+        for backend in [backend for backend in BACKENDS if backend in asked] or BACKENDS:
             try:
                 result, outcome = check(name, backend), "passed"
                 figure = FOLDERS[name].learned[0]

@@ -329,6 +329,14 @@ def test_full_disk(name, backend, places):
     assert (folder / "out/ckpt.npz").read_bytes() == before and not list(folder.glob("**/*.part"))
 
 
+@pytest.mark.parametrize("name", FOLDERS)
+def test_closed_pipe(name, places):
+    """A reader that goes away, as `| head -1` does, ends the run without a traceback."""
+    process = start(places(name), "mlx", *SHORT[name])
+    process.stdout.close()
+    assert process.wait() == -signal.SIGPIPE and not process.stderr.read()
+
+
 @pytest.mark.parametrize("name, backend", SOME)
 def test_not_finite(name, backend, places):
     """A rate that blows up stops the run, names the step, and keeps the checkpoint from before."""
