@@ -208,7 +208,7 @@ class Trainer:
         mx.set_default_device(getattr(mx, self.device))
         self.model = (VAE if config.model == "vae" else Autoencoder)(config)
         init_weights(self.model, seed)
-        self.optimizer = optim.Adam(0.0, betas=[0.9, 0.99], bias_correction=True)
+        self.optimizer = optim.Adam(0.0, betas=(0.9, 0.99), bias_correction=True)
         self.optimizer.init(self.model.trainable_parameters())
 
     def arrays(self, *arrays):

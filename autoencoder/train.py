@@ -50,8 +50,8 @@ def load_twin(args):
     """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install torch, or pip install 'mlx[cpu]', or the other --backend")
+    except ImportError as error:
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
@@ -119,10 +119,10 @@ def fetch(file, md5, *urls):
     path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for url in urls:
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
                 size = int(answer.headers.get("Content-Length") or 0)
                 while block := answer.read(1 << 18):
@@ -441,7 +441,7 @@ def main():
     parser.set_defaults(**TASKS[parser.parse_known_args()[0].task])
     args = parser.parse_args()
     args.hidden = args.hidden or ([32, 64] if args.net == "conv" else [512, 512])
-    for name, least in dict(steps=0, batch_size=1, latent=1, beta=0, jitter=0, size=8, count=100).items():
+    for name, least in dict(steps=0, seed=0, batch_size=1, latent=1, beta=0, jitter=0, size=8, count=100).items():
         if not least <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} must be {least} or more")
     if not (0 < args.lr < math.inf and 0 < args.std < math.inf and 0 < args.noise < math.inf and min(args.hidden) > 0):
@@ -450,6 +450,8 @@ def main():
 
     ckpt = args.out / "ckpt.npz"
     saved = read_meta(ckpt, "autoencoder") if args.resume else None
+    if saved and (saved["task"], saved["data"]) != (args.task, args.data):
+        fail(f"{ckpt} was trained with --task {saved['task']} --data {saved['data']}: repeat them, or change --out")
     train, test, labels = load_data(args)
     if args.batch_size > len(train):
         fail(f"--batch-size {args.batch_size} is more than the {len(train)} pictures: make it smaller")
@@ -457,8 +459,8 @@ def main():
     config = net.Config(image, args.latent, args.hidden, args.net, args.model, args.likelihood, args.std, args.beta)
     if saved:
         config = net.Config(**saved["config"])
-        if (config.image, config.model) != (image, args.model):
-            fail(f"{ckpt} was trained on other pictures or for another task: repeat --task, --data and --size")
+        if config.image != image:
+            fail(f"{ckpt} was trained on pictures of another size: repeat --size")
     if config.net == "conv" and any(side % 2 ** len(config.hidden) for side in image[:2]):
         fail(f"--hidden of conv halves {image[0]} x {image[1]} pictures {len(config.hidden)} times: name fewer")
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
@@ -487,7 +489,7 @@ def main():
         sizes = [len(part) / len(x) for part in parts]
         return {name: sum(size * float(f[name]) for size, f in zip(sizes, figures)) for name in figures[0]}
 
-    speed = fit(trainer, batch, lambda: evaluate(test[:1000]), lr, args, start)  # the result is of all of them
+    speed = fit(trainer, batch, lambda: evaluate(test[:1000]), lr, args, start, task=args.task, data=args.data)
     show = {"vae": show_vae, "denoise": show_denoise, "compress": show_compress}[args.task]
     figures, parts = show(trainer, train, test, labels, args)
     draw_rows(parts).save(args.out / "sample.png", optimize=True)
@@ -499,8 +501,9 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the run without a word, as it does other programs
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+        os._exit(141)

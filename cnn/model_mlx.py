@@ -1,7 +1,7 @@
 """Convolutional networks in MLX: LeNet, a ResNet, convolution and pooling by hand, and style transfer.
 
     LeNet    x (B, H, W, C) -> [conv 5x5 -> max-pool -> ReLU] twice -> Linear -> ReLU -> Linear -> logits (B, n_out)
-    ResNet   x (B, H, W, C) -> conv 3x3 -> norm -> ReLU -> [max-pool -> Block] a width -> mean -> Linear -> logits
+    ResNet   x (B, H, W, C) -> conv 3x3 -> norm -> ReLU -> [max-pool -> Block] n times -> mean -> Linear -> logits
     Block    y = ReLU(f(x) + shortcut(x)),  f = conv 3x3 -> norm -> ReLU -> conv 3x3 -> norm
 
 Convolution, with filters w (N, C, k, k), stride s and p rows and columns of padding:
@@ -15,7 +15,7 @@ Max-pooling takes the largest of each window's entries; the gradient goes whence
 Style transfer looks for the image x whose features F_l (H W, C) in the layers l of a network that is not trained hold
 the content of one picture, and whose Gram matrices G_l = F_l^T F_l / (H W), which say what occurs together and not
 where, those of another:
-    loss = content |F_c - F_c*|^2 / |F_c*|^2  +  style mean_l |G_l - G_l*|^2 / |G_l*|^2  +  tv mean (differences of x)^2
+    loss = |F_c - F_c*|^2 / |F_c*|^2  +  strength mean_l |G_l - G_l*|^2 / |G_l*|^2  +  tv mean (differences of x)^2
 
 LeCun et al. 1998, "Gradient-based learning applied to document recognition".
 He et al. 2016, "Deep residual learning for image recognition". Wu and He 2018, "Group normalization".
@@ -176,8 +176,8 @@ class RandomFilters(nn.Module):
         """x (1, H, W, 3) -> the features of each scale, (H' W', n)."""
         x, features, pool = x - 0.5, [], nn.AvgPool2d(2)
         for w in self.w:
+            x = pool(x) if features else x
             features.append(nn.relu(mx.conv2d(x, w.transpose(0, 2, 3, 1), 1, 3)).flatten(1, 2)[0])
-            x = pool(x)
         return features
 
 
@@ -352,7 +352,7 @@ class Trainer:
         """{"val_loss", "accuracy"} on x (B, H, W, C) and y (B,)."""
         x, y = self.arrays(x, y)
         logits = self.model(x)
-        return {"val_loss": loss_fn(logits, y), "accuracy": (logits.argmax(1) == y).astype(mx.float32).mean()}
+        return {"val_loss": loss_fn(logits, y), "accuracy": (logits.argmax(1) == y).mean()}
 
     def predict(self, x):
         """x (B, H, W, C) -> numpy (B, n_out): the probabilities of the classes."""
@@ -424,7 +424,7 @@ class Stylist(Trainer):
         return {"loss": self.update(self.loss, lr)}
 
     def evaluate(self):
-        """{"content_loss", "style_loss"}: how far the image is from each of its models, as a share."""
+        """{"content_loss", "style_loss"}: how far the image is from each of its two pictures, as a share."""
         content, style, _ = self.losses()
         return {"content_loss": content, "style_loss": style}
 

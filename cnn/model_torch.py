@@ -1,7 +1,7 @@
 """Convolutional networks in PyTorch: LeNet, a ResNet, convolution and pooling by hand, and style transfer.
 
     LeNet    x (B, H, W, C) -> [conv 5x5 -> max-pool -> ReLU] twice -> Linear -> ReLU -> Linear -> logits (B, n_out)
-    ResNet   x (B, H, W, C) -> conv 3x3 -> norm -> ReLU -> [max-pool -> Block] a width -> mean -> Linear -> logits
+    ResNet   x (B, H, W, C) -> conv 3x3 -> norm -> ReLU -> [max-pool -> Block] n times -> mean -> Linear -> logits
     Block    y = ReLU(f(x) + shortcut(x)),  f = conv 3x3 -> norm -> ReLU -> conv 3x3 -> norm
 
 Convolution, with filters w (N, C, k, k), stride s and p rows and columns of padding:
@@ -15,7 +15,7 @@ Max-pooling takes the largest of each window's entries; the gradient goes whence
 Style transfer looks for the image x whose features F_l (H W, C) in the layers l of a network that is not trained hold
 the content of one picture, and whose Gram matrices G_l = F_l^T F_l / (H W), which say what occurs together and not
 where, those of another:
-    loss = content |F_c - F_c*|^2 / |F_c*|^2  +  style mean_l |G_l - G_l*|^2 / |G_l*|^2  +  tv mean (differences of x)^2
+    loss = |F_c - F_c*|^2 / |F_c*|^2  +  strength mean_l |G_l - G_l*|^2 / |G_l*|^2  +  tv mean (differences of x)^2
 
 LeCun et al. 1998, "Gradient-based learning applied to document recognition".
 He et al. 2016, "Deep residual learning for image recognition". Wu and He 2018, "Group normalization".
@@ -178,8 +178,8 @@ class RandomFilters(nn.Module):
         """x (1, H, W, 3) -> the features of each scale, (H' W', n)."""
         x, features = x.permute(0, 3, 1, 2) - 0.5, []
         for w in self.w.to(x.device):
+            x = F.avg_pool2d(x, 2) if features else x
             features.append(F.relu(F.conv2d(x, w, None, 1, 3)).flatten(2)[0].T)
-            x = F.avg_pool2d(x, 2)
         return features
 
 
@@ -431,7 +431,7 @@ class Stylist(Trainer):
 
     @torch.no_grad()
     def evaluate(self):
-        """{"content_loss", "style_loss"}: how far the image is from each of its models, as a share."""
+        """{"content_loss", "style_loss"}: how far the image is from each of its two pictures, as a share."""
         content, style, _ = self.losses()
         return {"content_loss": content, "style_loss": style}
 

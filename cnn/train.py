@@ -55,8 +55,8 @@ def load_twin(args):
     """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install torch, or pip install 'mlx[cpu]', or the other --backend")
+    except ImportError as error:
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
@@ -124,10 +124,10 @@ def fetch(file, md5, *urls):
     path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for url in urls:
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
                 size = int(answer.headers.get("Content-Length") or 0)
                 while block := answer.read(1 << 18):
@@ -254,7 +254,7 @@ def load_data(args):
         data = [*make_digits(5000, args.seed), *make_digits(1000, args.seed + 1)]
     elif args.data == "cifar10":
         data, names = load_cifar10()
-    elif args.data in SETS:
+    elif args.data in IDX:
         data = load_idx(args.data)
         if args.data == "fashion":
             names = "top trousers pullover dress coat sandal shirt trainer bag boot".split()
@@ -263,6 +263,10 @@ def load_data(args):
     x_train, y_train, x_val, y_val = data
     x_train, x_val = (x if x.ndim == 4 else x[..., None] for x in (x_train, x_val))
     return x_train, y_train.astype(np.int64), x_val, y_val.astype(np.int64), names
+
+
+def floats(images):
+    return images.astype(np.float32) / 255
 
 
 def augment(x, shift, flip, rng):
@@ -328,7 +332,7 @@ PAPER, GREEN, RED, GREY = (250, 250, 247), (44, 160, 44), (214, 39, 40), (80, 80
 
 
 def draw_mistakes(p, x, y, names, rows=5, columns=6):
-    """The worst mistakes, the surest first, then the least sure answers; beside them the confusion matrix.
+    """The images whose right class was given the least probability; beside them the confusion matrix.
 
     p (N, K) are the probabilities that the network gave to the images x (N, H, W, C) of the classes y (N,).
     """
@@ -349,7 +353,7 @@ def draw_mistakes(p, x, y, names, rows=5, columns=6):
         share = (counts[i, j] / max(1, counts[i].sum())) ** 0.5  # the root, so that rare mistakes show
         colour = np.array(PAPER) + share * (np.array(GREEN if i == j else RED) - PAPER)
         u, v = left + j * side, top + i * side
-        draw.rectangle((u, v, u + side - 2, v + side - 2), tuple(colour.astype(int).tolist()))
+        draw.rectangle((u, v, max(u, u + side - 2), max(v, v + side - 2)), tuple(colour.astype(int).tolist()))
         if counts[i, j] and K <= 20:
             draw.text((u + side / 2, v + side / 2), f"{counts[i, j]}", (20, 20, 20), font, "mm")
     for i, name in enumerate(names):
@@ -381,6 +385,8 @@ def classify(args, net, saved, ckpt):
         config = net.Config(**saved["config"])
         if (config.size, config.n_in, saved.get("names")) != (size, n_in, names):
             fail(f"{ckpt} was trained on other data: repeat the --task and --data of that run")
+    if config.model == "resnet" and not size >> len(config.channels) - 1:
+        fail(f"--channels: {len(config.channels)} blocks halve {size} pixels to none: name fewer")
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
     start = trainer.load(ckpt) if saved else 0
     params = sum(w.size for w in net.get_weights(trainer.model).values())
@@ -390,20 +396,20 @@ def classify(args, net, saved, ckpt):
     def batch(step):
         rng = np.random.default_rng((args.seed, step, 1))
         i = rng.integers(0, len(x_train), args.batch_size)
-        return augment(x_train[i], args.shift, args.flip, rng).astype(np.float32) / 255, y_train[i]
+        return floats(augment(x_train[i], args.shift, args.flip, rng)), y_train[i]
 
     def lr(step):  # up in the first tenth, then down to 0
         return args.lr * min((step + 1) / (0.1 * args.steps), (args.steps - step) / (0.9 * args.steps), 1)
 
     def evaluate():  # enough for the log; the result is of all of them
         some = slice(0, None, math.ceil(len(x_val) / 500))
-        figures = trainer.evaluate(x_val[some].astype(np.float32) / 255, y_val[some])
+        figures = trainer.evaluate(floats(x_val[some]), y_val[some])
         return {name: float(value) for name, value in figures.items()}
 
     speed = fit(trainer, batch, evaluate, lr, args, start, names=names)
     p = []
     for part in np.array_split(x_val, math.ceil(len(x_val) / 500)):
-        x = part.astype(np.float32) / 255
+        x = floats(part)
         p.append(trainer.predict(x))
         if args.flip:  # asked twice, the mirror image too, it errs less
             p[-1] = (p[-1] + trainer.predict(x[:, :, ::-1].copy())) / 2
@@ -429,7 +435,10 @@ def paint(args, net, saved, ckpt):
             raise
         kind = ".safetensors" if args.backend == "mlx" else ".pth"
         fail(f"{args.weights} is no {kind} file of VGG-19 in torchvision's layout ({str(error).splitlines()[0]})")
-    start = trainer.load(ckpt) if saved else 0
+    try:
+        start = trainer.load(ckpt) if saved else 0
+    except ValueError as error:
+        fail(f"{ckpt} is of another picture ({error}): repeat --content and --size")
     print(f"cnn: style, {args.backend} on {args.device}, {content.size:,} parameters, a picture of {width} x {height}; "
           f"features of {args.weights or 'random filters'}; files go to {args.out}", flush=True)
 
@@ -460,7 +469,7 @@ def main():
     parser.add_argument("--size", type=int, help="folder: of the images (default 32); style: the longer side (256)")
     parser.add_argument("--content", help="style: the picture that says what is to be seen (default: drawn)")
     parser.add_argument("--style", help="style: the picture that says in which manner (default: drawn)")
-    parser.add_argument("--weights", help="style: VGG-19, .pth or for MLX .safetensors, for random filters")
+    parser.add_argument("--weights", help="style: a file of VGG-19 in place of random filters: .pth; MLX: .safetensors")
     parser.add_argument("--strength", type=float, default=100.0, help="style: its weight; the content has 1")
     parser.add_argument("--tv", type=float, default=30.0, help="style: weight of the differences of neighbours")
     parser.add_argument("--steps", type=int, help="0: only evaluate and draw")
@@ -478,8 +487,8 @@ def main():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.log_every = max(1, args.steps // 20)
-    if args.steps < 0 or min(args.batch_size, *args.channels) < 1 or not 0 < args.lr < math.inf:
-        fail("--steps must be 0 or more, --batch-size and --channels 1 or more, --lr more than 0")
+    if min(args.steps, args.seed) < 0 or min(args.batch_size, *args.channels) < 1 or not 0 < args.lr < math.inf:
+        fail("--steps and --seed must be 0 or more, --batch-size and --channels 1 or more, --lr more than 0")
     if min(args.strength, args.tv, args.shift) < 0 or args.size and args.size < 16:
         fail("--strength, --tv and --shift must be 0 or more, --size 16 or more")
     if args.model == "lenet" and len(args.channels) != 3:
@@ -494,6 +503,8 @@ def main():
         package = net.EXPORTS.get(args.export.suffix)
         if not package or args.task == "style":
             fail(f"--export with {args.backend} writes classifiers to {' or '.join(net.EXPORTS)}, not {args.export}")
+        if not args.export.parent.is_dir():
+            fail(f"--export {args.export}: there is no such folder, make it first")
         if not importlib.util.find_spec(package):
             fail(f"--export {args.export} needs pip install {package}")
     args.arrays = load_data(args) if args.task == "classify" else load_pair(args)
@@ -507,8 +518,9 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the run without a word, as it does other programs
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+        os._exit(141)

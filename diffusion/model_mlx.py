@@ -9,7 +9,9 @@ so that with a_t = (1 - beta_1) ... (1 - beta_t), called alpha_bar in the paper,
 and x_T is noise alone. A step back, if x_0 were known, would be Gaussian too, for any s < t and a_ts = a_t / a_s:
     q(x_s | x_t, x_0) = N(mu, sigma^2 I), sigma^2 = (1 - a_ts) (1 - a_s) / (1 - a_t)
     mu = sqrt(a_s) (1 - a_ts) / (1 - a_t) x_0 + sqrt(a_ts) (1 - a_s) / (1 - a_t) x_t
-The network guesses x_0 from x_t, and p(x_s | x_t) = q(x_s | x_t, its guess). This bounds the likelihood, -log p(x_0) <=
+The network guesses x_0 from x_t, by way of eps or of v = sqrt(a_t) eps - sqrt(1 - a_t) x_0, which gives x_0 as
+    x_0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t) = sqrt(a_t) x_t - sqrt(1 - a_t) v
+and p(x_s | x_t) = q(x_s | x_t, the guess). This bounds the likelihood, -log p(x_0) <=
     KL(q(x_T | x_0) | N(0, I)) + sum over t > 1 of KL(q(x_t-1 | x_t, x_0) | p(x_t-1 | x_t)) - log p(x_0 | x_1)
 Two Gaussians of one sigma: KL = |mu - mu'|^2 / (2 sigma^2) = (snr_t-1 - snr_t) / 2 |x_0 - guess|^2, snr = a / (1 - a).
 The simple loss leaves these weights out. The best guess of eps is the score too, the slope of the log of the density:
@@ -47,6 +49,9 @@ class Config:
     T: int = 1000  # steps from picture to noise
     ema: float = 0.995  # pictures come from an average of the weights
     weight_decay: float = 0.0
+
+
+# Torch's layers want (B, C, H, W), MLX's (B, H, W, C), as it is everywhere else here: hence these two classes.
 
 
 class Conv(nn.Conv2d):
@@ -425,7 +430,8 @@ def embedding(name):
 
 
 def init_weights(model, seed):
-    """N(0, 1/fan_in); where a block ends a tenth of it, so that each is nearly the identity. Norms 1, biases 0."""
+    """N(0, 1/fan_in), embeddings N(0, 1); where a block ends a tenth of the deviation, so that each is nearly the
+    identity. Norms 1, biases 0."""
     rng, weights = np.random.default_rng(seed), get_weights(model)
     for name, w in sorted(weights.items()):
         if w.ndim > 1:
@@ -473,7 +479,8 @@ class Trainer:
         part, of = self.phase()
         loss, grads = nn.value_and_grad(self.model, lambda: of(self.model, x, y, t, noise))()
         self.t += 1
-        keep = min(self.config.ema, self.t / (self.t + 10))  # at first the average is of few steps
+        n = self.t - (self.config.first if part == "unet." else 0)  # steps that this part has learned
+        keep = min(self.config.ema, n / (n + 10))  # at first the average is of few steps
         grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
         average = dict(tree_flatten(self.average.parameters()))
         for name, p in params.items():
@@ -485,7 +492,7 @@ class Trainer:
                 p_m = muon(p.flatten(1), g.flatten(1), m.flatten(1), lr, decay)
                 params[name], self.m[name] = (a.reshape(p.shape) for a in p_m)
             else:
-                params[name], self.m[name], self.v[name] = adamw(p, g, m, v, lr, self.t, decay)
+                params[name], self.m[name], self.v[name] = adamw(p, g, m, v, lr, n, decay)
             average[name] = average[name] + (1 - keep) * (params[name] - average[name])
         self.model.update(tree_unflatten(list(params.items())))
         self.average.update(tree_unflatten(list(average.items())))

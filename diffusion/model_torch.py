@@ -9,7 +9,9 @@ so that with a_t = (1 - beta_1) ... (1 - beta_t), called alpha_bar in the paper,
 and x_T is noise alone. A step back, if x_0 were known, would be Gaussian too, for any s < t and a_ts = a_t / a_s:
     q(x_s | x_t, x_0) = N(mu, sigma^2 I), sigma^2 = (1 - a_ts) (1 - a_s) / (1 - a_t)
     mu = sqrt(a_s) (1 - a_ts) / (1 - a_t) x_0 + sqrt(a_ts) (1 - a_s) / (1 - a_t) x_t
-The network guesses x_0 from x_t, and p(x_s | x_t) = q(x_s | x_t, its guess). This bounds the likelihood, -log p(x_0) <=
+The network guesses x_0 from x_t, by way of eps or of v = sqrt(a_t) eps - sqrt(1 - a_t) x_0, which gives x_0 as
+    x_0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t) = sqrt(a_t) x_t - sqrt(1 - a_t) v
+and p(x_s | x_t) = q(x_s | x_t, the guess). This bounds the likelihood, -log p(x_0) <=
     KL(q(x_T | x_0) | N(0, I)) + sum over t > 1 of KL(q(x_t-1 | x_t, x_0) | p(x_t-1 | x_t)) - log p(x_0 | x_1)
 Two Gaussians of one sigma: KL = |mu - mu'|^2 / (2 sigma^2) = (snr_t-1 - snr_t) / 2 |x_0 - guess|^2, snr = a / (1 - a).
 The simple loss leaves these weights out. The best guess of eps is the score too, the slope of the log of the density:
@@ -47,6 +49,9 @@ class Config:
     T: int = 1000  # steps from picture to noise
     ema: float = 0.995  # pictures come from an average of the weights
     weight_decay: float = 0.0
+
+
+# Torch's layers want (B, C, H, W), MLX's (B, H, W, C), as it is everywhere else here: hence these two classes.
 
 
 class Conv(nn.Conv2d):
@@ -112,11 +117,11 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None):
         (B, N, C), h = x.shape, self.norm(x)
-        q = self.q(h).reshape(B, N, self.n_head, -1).transpose(1, 2)
+        q = self.q(h).reshape(B, N, self.n_head, -1).swapaxes(1, 2)
         kv = self.kv(h if context is None else context).reshape(B, -1, 2, self.n_head, C // self.n_head)
-        k, v = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+        k, v = kv[:, :, 0].swapaxes(1, 2), kv[:, :, 1].swapaxes(1, 2)
         a = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(a.transpose(1, 2).reshape(B, N, C))
+        return x + self.out(a.swapaxes(1, 2).reshape(B, N, C))
 
 
 class TextEncoder(nn.Module):
@@ -240,8 +245,7 @@ def coefficients(model, t):
 def loss_fn(model, x, y, t, noise):
     """The simple loss for x, noise (B, H, W, C), y, t (B,): that of a denoising autoencoder, for all strengths."""
     if model.config.latent:
-        with torch.no_grad():
-            x = model.autoencoder.encode(x)
+        x = model.autoencoder.encode(x).detach()
     alpha, sigma = coefficients(model, t)
     x_t = alpha * x + sigma * noise
     target = noise if model.config.predict == "noise" else alpha * noise - sigma * x
@@ -288,7 +292,7 @@ def bound_term(model, x, y, t, s, noise):
     x_0, _ = guess(model, a**0.5 * x + (1 - a) ** 0.5 * noise, t, y)
     if s:
         return (float(snr[1] - snr[0]) / 2 * (x - x_0) ** 2).flatten(1).sum(1)
-    low, high = (((x - x_0 + edge) * (a / (1 - a) / 2) ** 0.5).erf() / 2 for edge in (-1 / 255, 1 / 255))
+    low, high = (torch.erf((x - x_0 + edge) * (a / (1 - a) / 2) ** 0.5) / 2 for edge in (-1 / 255, 1 / 255))
     return -torch.log(torch.clip(high - low, 1e-6, 1)).flatten(1).sum(1)
 
 
@@ -425,7 +429,8 @@ def embedding(name):
 
 
 def init_weights(model, seed):
-    """N(0, 1/fan_in); where a block ends a tenth of it, so that each is nearly the identity. Norms 1, biases 0."""
+    """N(0, 1/fan_in), embeddings N(0, 1); where a block ends a tenth of the deviation, so that each is nearly the
+    identity. Norms 1, biases 0."""
     rng, weights = np.random.default_rng(seed), get_weights(model)
     for name, w in sorted(weights.items()):
         if w.ndim > 1:
@@ -475,7 +480,8 @@ class Trainer:
         self.t += 1
         self.model.zero_grad()
         loss.backward()
-        keep = min(self.config.ema, self.t / (self.t + 10))  # at first the average is of few steps
+        n = self.t - (self.config.first if part == "unet." else 0)  # steps that this part has learned
+        keep = min(self.config.ema, n / (n + 10))  # at first the average is of few steps
         for (name, p), average in zip(self.model.named_parameters(), self.average.parameters()):
             if not name.startswith(part):
                 continue
@@ -483,7 +489,7 @@ class Trainer:
             if p.ndim > 1 and not embedding(name):  # of filters a matrix with a row for each
                 muon(p.flatten(1), p.grad.flatten(1), self.m[name].flatten(1), lr, decay)
             else:
-                adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
+                adamw(p, p.grad, self.m[name], self.v[name], lr, n, decay)
             average.data.lerp_(p.data, 1 - keep)
         return {"loss": loss.detach()}
 

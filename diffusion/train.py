@@ -49,8 +49,8 @@ def load_twin(args):
     """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install torch, or pip install 'mlx[cpu]', or the other --backend")
+    except ImportError as error:
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
@@ -118,10 +118,10 @@ def fetch(file, md5, *urls):
     path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for url in urls:
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
                 size = int(answer.headers.get("Content-Length") or 0)
                 while block := answer.read(1 << 18):
@@ -253,7 +253,7 @@ def read_folder(folder, size):
 def load_data(args):
     """Pictures (N, H, W, C) uint8 and classes to train on, then held-out ones; how many classes, 0 for none."""
     drawn = args.count, max(500, args.count // 10)
-    if args.data in ("mnist", "fashion"):
+    if args.data in IDX:
         arrays = load_idx(args.data)
     elif args.data == "cifar10":
         arrays, _ = load_cifar10()
@@ -279,11 +279,6 @@ def floats(images):
 
 def pixels(x):
     return (x * 255).round().clip(0, 255).astype(np.uint8)
-
-
-def in_parts(function, x, n=1000):
-    """function(x) for n rows of x at a time, so that a large set needs no large memory."""
-    return np.concatenate([function(x[i : i + n]) for i in range(0, len(x), n)])
 
 
 SIZES, PLACES = ("small", "big"), ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
@@ -414,7 +409,7 @@ def look_at_points(trainer, args, n=3000, columns=5):
         chain.append(histogram(points))
     rows = {"the density, in closed form": true, "by the equation of Fokker and Planck": flow, "points, noised": chain}
     figures = {"fokker_planck": max(variation(p, q, 1) for p, q in zip(true, flow))}
-    figures |= {"sample": variation(histogram(draw_points(n, rng)), true[0])}
+    figures |= {"sample": variation(histogram(draw_points(n, rng)), true[0])}  # n true points: no sampler gets closer
     y = np.zeros(n, int)
     for name, sampler in (("SDE", "ddpm"), ("ODE", "heun"), ("Langevin", "langevin")):
         path = trainer.sample(y, rng, sampler, args.sample_steps, keep=columns)[:, :, 0, 0]
@@ -498,7 +493,7 @@ def main():
     parser.add_argument("--predict", choices=["v", "noise"], default="v")
     parser.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="how the noise grows with t")
     parser.add_argument("--ema", type=float, default=0.99, help="how slowly the average of the weights moves")
-    parser.add_argument("--sampler", choices=["ddim", "ddpm", "heun", "langevin"], default="ddim")
+    parser.add_argument("--sampler", choices=["ddim", "ddpm", "heun", "langevin"], default="ddim", help="of pictures")
     parser.add_argument("--sample-steps", type=int, help="from noise to a picture")
     parser.add_argument("--guidance", type=float, help="1: none; more: more as the class or the text says")
     parser.add_argument("--prompt", help="for --task text: what to draw, big blue star on the right")
@@ -512,8 +507,8 @@ def main():
     parser.set_defaults(**TASKS[parser.parse_known_args()[0].task])
     args = parser.parse_args()
     toy, text = args.task == "toy", args.task == "text"
-    if args.steps < 0 or not 0 < args.lr < math.inf or not 0 <= args.ema < 1 or not 0 <= args.guidance < math.inf:
-        fail("--steps and --guidance must be 0 or more, --lr more than 0, --ema from 0 to less than 1")
+    if min(args.steps, args.seed) < 0 or not (0 < args.lr < math.inf and 0 <= args.ema < 1 and 0 <= args.guidance < 99):
+        fail("--steps and --seed must be 0 or more, --lr more than 0, --ema from 0 to less than 1, --guidance to 99")
     if min(args.batch_size, *args.widths, args.fold or 1) < 1 or args.widths[0] % 2 or args.count < 100:
         fail("--batch-size, --widths and --fold must be 1 or more, the first of --widths even, --count 100 or more")
     if not 2 <= args.sample_steps <= 1000:
@@ -524,17 +519,19 @@ def main():
     unit = args.fold * 2 ** (len(args.widths) - 1) * (4 if text else 1)
     if not toy and (args.size < least or args.size % unit):
         fail(f"--size must be {least} or more and a multiple of {unit}, for --fold and --widths halve it")
+    if args.data == "cifar10" and args.size != 32:
+        fail("--size of cifar10 is 32: leave it out")
     if (toy or text) and args.data != "digits":
         fail(f"--data goes with --task pictures and inpaint: {args.task} draws its own")
     words = ["", *sorted(set(" ".join(CAPTIONS).split()))]
-    if args.prompt is not None and (not text or not set(args.prompt.split()) <= set(words) or len(args.prompt) > 60):
-        fail(f"--prompt goes with --task text and must be of these words: {' '.join(words)}")
+    asked = (args.prompt or "").split()
+    if args.prompt is not None and (not text or not set(asked) <= set(words) or len(asked) > 6):
+        fail(f"--prompt goes with --task text and must be up to six of these words:{' '.join(words)}")
     args.log_every = max(1, args.steps // 20)
 
     ckpt = args.out / "ckpt.npz"
     saved = read_meta(ckpt, "diffusion") if args.resume else None
-    kind = dict(fold=args.fold, widths=args.widths, predict=args.predict, schedule=args.schedule,
-                ema=args.ema)  # fmt: skip
+    kind = {name: getattr(args, name) for name in ("fold", "widths", "predict", "schedule", "ema")}
     if toy:
         kind |= dict(image=[1, 1, 2], net="mlp", n_class=0)
         about = f"{len(PARTS)} normal distributions"
@@ -557,12 +554,14 @@ def main():
     config = net.Config(**kind)
     if saved:
         config = net.Config(**saved["config"])
-        if [config.image, config.n_class, config.vocab_size] != [kind["image"], kind["n_class"], len(words) * text]:
+        same = [config.image, config.n_class, config.vocab_size] == [kind["image"], kind["n_class"], len(words) * text]
+        if not same or saved["data"] != args.data:
             fail(f"{ckpt} was trained on other pictures or for another task: repeat --task, --data and --size")
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
     start = trainer.load(ckpt) if saved else 0
     params = sum(w.size for w in net.get_weights(trainer.model).values())
-    print(f"diffusion: {args.backend} on {args.device}, {params:,} parameters; {about}; files go to {args.out}")
+    print(f"diffusion: {args.backend} on {args.device}, {params:,} parameters; {about}; "
+          f"files go to {args.out}", flush=True)
 
     def encode(captions):
         rows = [[words.index(word) for word in caption.split()][: config.length] for caption in captions]
@@ -598,12 +597,12 @@ def main():
     def lr(step):
         return args.lr * min(1, (step + 1) / 50, 2 * (1 - step / args.steps))
 
-    speed = fit(trainer, batch, evaluate, lr, args, start)
+    speed = fit(trainer, batch, evaluate, lr, args, start, data=args.data)
     figures, rng = evaluate(), np.random.default_rng((args.seed, 8))
     guidance = args.guidance if config.n_class or config.vocab_size else 1.0
 
     def draw(y, **more):
-        """Pictures (N, H, W, C) from 0 to 1."""
+        """Pictures on the way from noise, (keep, N, H, W, C), those of pixels from about 0 to 1."""
         return trainer.sample(y, rng, **dict(sampler=args.sampler, steps=args.sample_steps) | more) / 2 + 0.5
 
     if toy:
@@ -615,14 +614,13 @@ def main():
         drawn = [CAPTIONS[i] for i in new] * 2
         x = draw(encode(drawn), guidance=guidance)[-1]
         figures |= right(pixels(x), drawn)
-        shown = [*range(0, len(drawn), 8)]
-        x, shown = x[shown], [drawn[i] for i in shown]
+        x, shown = x[::8], drawn[::8]
         if args.prompt:
             x, shown = draw(encode([args.prompt] * 8), guidance=guidance)[-1], [args.prompt] * 8
         picture = draw_captioned(x, shown)
     elif args.task == "inpaint":
         whole = floats(test[:24])
-        mask = holes(len(whole), args.size, args.seed)
+        mask = holes(len(whole), whole.shape[1], args.seed)
         x = draw(test_y[:24], sampler="repaint", guidance=guidance, known=whole * 2 - 1, mask=mask)[-1]
         figures |= {"changed": float((np.abs(x - whole) * mask).max())}  # of what is known
         parts = {"with a hole": whole * mask + 0.5 * (1 - mask), "made whole": x, "as they were": whole}
@@ -632,9 +630,12 @@ def main():
         columns = n if n > 6 else 12
         y = np.arange(columns * 4) % n
         way = draw(y[:columns], guidance=guidance, keep=4)
-        parts = {f"after {(i + 1) * args.sample_steps // 4} of {args.sample_steps} steps": x for i, x in enumerate(way)}
-        parts[f"class by class, guidance {guidance:g}"] = draw(y, guidance=guidance)[-1]
-        parts["without guidance"] = draw(y[:columns])[-1]
+        done = [round((i + 1) * args.sample_steps / len(way)) for i in range(len(way))]
+        parts = {f"after {n} of {args.sample_steps} steps": x for n, x in zip(done, way)}
+        name = f"class by class, guidance {guidance:g}" if config.n_class else "others"
+        parts[name] = draw(y, guidance=guidance)[-1]
+        if guidance != 1:
+            parts["without guidance"] = draw(y[:columns])[-1]
         parts["real pictures"] = floats(test[:columns])
         figures["bits"] = trainer.bound(floats(test[:50]) * 2 - 1, test_y[:50], rng)
         picture = draw_rows(parts, columns)
@@ -646,8 +647,9 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the run without a word, as it does other programs
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+        os._exit(141)

@@ -132,13 +132,11 @@ class ConvDiscriminator(nn.Module):
 class GAN(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config, self.generator, self.discriminator = config, Generator(config), Discriminator(config)
-
-
-class DCGAN(GAN):
-    def __init__(self, config):
-        nn.Module.__init__(self)
-        self.config, self.generator, self.discriminator = config, ConvGenerator(config), ConvDiscriminator(config)
+        self.config = config
+        if config.model == "dcgan":
+            self.generator, self.discriminator = ConvGenerator(config), ConvDiscriminator(config)
+        else:
+            self.generator, self.discriminator = Generator(config), Discriminator(config)
 
 
 # ---- the game --------------------------------------------------------------------------------------------------------
@@ -214,7 +212,7 @@ def init_weights(model, seed):
     rng, weights = np.random.default_rng(seed), get_weights(model)
     for name, w in sorted(weights.items()):
         if name.endswith("weight"):
-            std = 0.02 if isinstance(model, DCGAN) else math.sqrt(2 / w.shape[1])
+            std = 0.02 if model.config.model == "dcgan" else math.sqrt(2 / w.shape[1])
             weights[name] = np.float32(w.ndim == 1) + rng.standard_normal(w.shape, np.float32) * np.float32(std)
         else:
             weights[name] = np.full_like(w, name.endswith("running_var"))
@@ -232,7 +230,7 @@ class Trainer:
 
     def __init__(self, config, seed=0, device=None):
         self.config, self.device, self.t = config, device or devices()[0], 0
-        self.model = (DCGAN if config.model == "dcgan" else GAN)(config).to(self.device)
+        self.model = GAN(config).to(self.device)
         init_weights(self.model, seed)
         self.average = type(self.model.generator)(config).to(self.device).eval()  # its norms use running statistics
         self.average.load_state_dict(self.model.generator.state_dict())
@@ -250,7 +248,7 @@ class Trainer:
         return [torch.from_numpy(a).to(self.device) for a in arrays]
 
     def update(self, player, loss, lr):
-        """One step of one player down the first of what loss() gives; returns both."""
+        """One step of one player down the first of loss()'s two; returns it, and the mean of D(.) by the second."""
         net, optimizer = getattr(self.model, player), self.optimizers[player]
         optimizer.param_groups[0]["lr"] = lr
         first, s = loss()

@@ -46,8 +46,8 @@ def load_twin(args):
     """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install torch, or pip install 'mlx[cpu]', or the other --backend")
+    except ImportError as error:
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
@@ -115,10 +115,10 @@ def fetch(file, md5, *urls):
     path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for url in urls:
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
                 size = int(answer.headers.get("Content-Length") or 0)
                 while block := answer.read(1 << 18):
@@ -250,14 +250,14 @@ def read_folder(folder, size):
 def load_data(args):
     """Pictures to train on (N, H, W, C) uint8, and held-out ones."""
     drawn = args.count, args.count // 5
-    if args.data in ("mnist", "fashion"):
+    if args.data in IDX:
         train, _, test, _ = load_idx(args.data)
     elif args.data == "cifar10":
         (train, _, test, _), _ = load_cifar10()
     elif args.data == "flowers":
         (train, _), (test, _) = (make_flowers(n, args.size, args.seed + i) for i, n in enumerate(drawn))
     elif args.data == "digits":
-        # without their grain: each pixel's own noise is beyond a G that draws from few numbers, and D would see no more
+        # without their grain: a G that draws from few numbers can't make each pixel's noise, and D would look at that
         train, test = (centred(pixels((make_digits(n, args.seed + i)[0] - 40.0) / 105)) for i, n in enumerate(drawn))
     else:
         train, _, test, _ = read_folder(args.data, args.size)
@@ -443,8 +443,8 @@ def main():
     args = parser.parse_args()
     toy = args.task == "toy"
     args.d_steps = args.d_steps if args.d_steps is not None else 5 if toy or args.loss == "wgan-gp" else 1
-    if args.steps < 0 or not 0 < args.lr < math.inf or not 0 < args.d_lr < math.inf:
-        fail("--steps must be 0 or more, --lr and --d-lr more than 0")
+    if min(args.steps, args.seed) < 0 or not 0 < args.lr < math.inf or not 0 < args.d_lr < math.inf:
+        fail("--steps and --seed must be 0 or more, --lr and --d-lr more than 0")
     if min(args.batch_size, args.latent, args.d_steps, *(args.hidden or [1])) < 1:
         fail("--batch-size, --latent, --d-steps and --hidden must be 1 or more")
     if not (0 <= args.smoothing < 1 and 0 <= args.ema < 1 and 0 <= args.penalty < math.inf):
@@ -454,10 +454,14 @@ def main():
         fail(f"--size must be even and {least} or more, --count 100 or more")
     if toy and (args.model == "dcgan" or args.loss == "wgan-gp"):
         fail("--task toy compares D with p / (p + q): it goes with --model gan, and not with --loss wgan-gp")
+    if toy and args.data != "digits":
+        fail("--data goes with --task pictures: toy draws its own")
     args.log_every = max(1, args.steps // 20)
 
     ckpt, looks = args.out / "ckpt.npz", args.out / "looks"
     saved = read_meta(ckpt, "gan") if args.resume else None
+    if saved and (saved["task"], saved["data"]) != (args.task, args.data):
+        fail(f"{ckpt} was trained with --task {saved['task']} --data {saved['data']}: repeat them, or change --out")
     train, test = (None, None) if toy else load_data(args)
     image = [1, 1, 1] if toy else list(train.shape[1:])
     if not toy and args.batch_size > len(train):
@@ -472,7 +476,7 @@ def main():
     if saved:
         config = net.Config(**saved["config"])
         if config.image != image:
-            fail(f"{ckpt} was trained on other pictures or for another task: repeat --task, --data and --size")
+            fail(f"{ckpt} was trained on pictures of another size: repeat --size")
     if config.model == "dcgan" and any(side % 2 ** len(config.hidden) for side in image[:2]):
         fail(f"--hidden of dcgan halves {image[0]} x {image[1]} pictures {len(config.hidden)} times: name fewer")
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
@@ -495,7 +499,8 @@ def main():
         array = look_at_game(trainer, args.seed) if toy else pixels(np.nan_to_num(pictures(latents[:12])))
         keep(looks / f"{step:08}.npy", array)
 
-    marks = {round(args.steps * (i / n) ** 2) for n in [20 if toy else 6] for i in range(n)}  # more often at first
+    n = 20 if toy else 6
+    marks = {round(args.steps * (i / n) ** 2) for i in range(n)}  # more often at first
 
     def batch(step):
         if step in marks:
@@ -510,11 +515,12 @@ def main():
             return theory(*look_at_game(trainer, args.seed))
         figures = {name: float(v) for name, v in trainer.evaluate(held[:n], latents[:n]).items()}
         if config.loss != "wgan-gp" and figures["value"] > -0.2 and not won:
-            won.append(print("the discriminator has won: D(x) and 1 - D(G(z)) are 0.9 and more; if G learns no more, "
-                             "lower --d-lr or try --smoothing 0.1 or --loss wgan-gp"))  # fmt: skip
-        return figures | {"frechet": frechet(real, features(pictures(latents[:n]) * 2 - 1))}
+            won.append(True)
+            print("the discriminator has won: D(x) and 1 - D(G(z)) are 0.9 and more; if G learns no more, lower --d-lr "
+                  "or try --smoothing 0.1 or --loss wgan-gp")  # fmt: skip
+        return figures | {"frechet": frechet(real, features(in_parts(trainer.generate, latents[:n], 250)))}
 
-    speed = fit(trainer, batch, evaluate, lambda step: args.lr, args, start)
+    speed = fit(trainer, batch, evaluate, lambda step: args.lr, args, start, task=args.task, data=args.data)
     look(args.steps)
     rows = {int(file.stem): np.load(file) for file in sorted(looks.glob("*.npy")) if int(file.stem) <= args.steps}
     if toy:
@@ -532,8 +538,9 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the run without a word, as it does other programs
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+        os._exit(141)

@@ -386,6 +386,8 @@ class Trainer:
 
     def save(self, path, step, **extra):
         """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        if self.rank > 0:
+            return
         arrays = get_weights(self.model)
         arrays |= {f"m.{name}": np.array(m) for name, m in self.m.items()}
         arrays |= {f"v.{name}": np.array(v) for name, v in self.v.items()}

@@ -387,6 +387,8 @@ class Trainer:
 
     def save(self, path, step, **extra):
         """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        if self.rank > 0:
+            return
         arrays = get_weights(self.model)
         arrays |= {f"m.{name}": m.cpu().numpy() for name, m in self.m.items()}
         arrays |= {f"v.{name}": v.cpu().numpy() for name, v in self.v.items()}

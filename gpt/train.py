@@ -47,8 +47,8 @@ def load_twin(args):
     """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install torch, or pip install 'mlx[cpu]', or the other --backend")
+    except ImportError as error:
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
@@ -116,10 +116,10 @@ def fetch(file, md5, *urls):
     path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for url in urls:
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
                 size = int(answer.headers.get("Content-Length") or 0)
                 while block := answer.read(1 << 18):
@@ -232,7 +232,7 @@ class BytePairs:
             self.encoding = tiktoken.Encoding("pairs", **own) if ranks else tiktoken.get_encoding("gpt2")
         except Exception as error:
             need = "tiktoken, and once the net for its two files, or TIKTOKEN_CACHE_DIR set to where they are"
-            fail(f"--tokenizer gpt2 needs {need} ({type(error).__name__})")
+            fail(f"these tokens need {need} ({type(error).__name__})")
         self.vocab_size, self.decode = self.encoding.n_vocab, self.encoding.decode_single_token_bytes
 
     def encode(self, text):
@@ -287,7 +287,7 @@ def load_gpt2(folder):
         c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = {name: c[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         meta = {"config": {"block_size": c["n_positions"], **config}, "tokenizer": c.get("tokenizer", ["gpt2", None])}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{folder} has no config.json of a GPT-2 ({error!r}): name a ckpt.npz, or GPT-2 as Hugging Face stores it")
     weights = {}
     for name, w in read_safetensors(folder):
@@ -428,6 +428,7 @@ class Text:
         self.train, self.val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
         if len(self.val) <= (T := args.block_size):
             fail(f"{len(ids)} tokens are too few for a context of {T}: lower --block-size or have {10 * T + 10}")
+        self.start = "The " if "The " in corpus else corpus[0]
         self.about = f"{args.data or 'manual of Python'}, {len(self.train):,} tokens, and {len(self.val):,} held out"
 
     def windows(self, ids, at):
@@ -441,12 +442,13 @@ class Text:
     def evaluate(self, whole=False):
         starts, total = np.arange(0, len(self.val) - self.args.block_size, self.args.block_size), 0.0
         starts = starts[:: 1 if whole else math.ceil(len(starts) / 64)]  # 64 are enough for the log
-        for at in np.array_split(starts, math.ceil(len(starts) / 32)):
+        rows = max(1, min(32, 2**26 // self.args.block_size // self.tokenizer.vocab_size))  # no more logits than fit
+        for at in np.array_split(starts, math.ceil(len(starts) / rows)):
             total += float(self.trainer.evaluate(*self.windows(self.val, at))["val_loss"]) * len(at)
         return {"val_loss": total / len(starts)}
 
     def prompts(self):
-        prompt = "The " if self.args.prompt is None else self.args.prompt
+        prompt = self.start if self.args.prompt is None else self.args.prompt
         return [(prompt, self.tokenizer.encode(prompt))]
 
 
@@ -636,9 +638,11 @@ def read_args():
         if getattr(args, name) is None:
             setattr(args, name, value[args.optimizer] if name == "lr" else value)
     args.log_every = max(1, args.steps // 20)
-    counts = args.batch_size, args.accumulate, args.n_layer, args.n_head, args.n_embd, args.beam, args.block_size or 1
-    if min(args.steps, args.tokens, args.merges) < 0 or min(counts) < 1 or args.block_size == 0:
-        fail("--steps, --tokens, --merges must be 0 or more, --batch-size, --accumulate, --beam, --block-size, --n-* 1")
+    counts = args.batch_size, args.accumulate, args.n_layer, args.n_head, args.n_embd, args.beam, args.warmup
+    if min(args.steps, args.tokens, args.merges, args.seed) < 0 or min(*counts, args.block_size or 1) < 1:
+        fail("--steps, --tokens, --merges, --seed must be 0 or more, --batch-size, --beam, --warmup and the like 1")
+    if args.block_size == 0 or args.init and not args.init.exists():
+        fail(f"--block-size must be 1 or more, --init a ckpt.npz or a GPT-2's folder that is there, not {args.init}")
     if not (0 < args.lr < math.inf and 0 <= args.temperature and 0 < args.top_p <= 1 and 0 <= args.dropout < 1):
         fail("--lr must be more than 0, --temperature 0 or more, --top-p and --dropout a share of 1")
     if args.n_embd % args.n_head or args.top_k == 0 or "" in args.stop:
@@ -658,17 +662,17 @@ def main():
     began, args = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
     rank, size = net.join()
-    if rank:  # of several processes the first speaks and writes
+    if rank:  # one of several processes speaks and saves
         sys.stdout = open(os.devnull, "w")
     if args.batch_size < args.accumulate * size:
         fail(f"--batch-size must be {args.accumulate * size} or more: a row for each process and part")
     if args.task == "chat":
         rng = np.random.default_rng(6)
-        corpus = load_messages(args.data) if args.data else [draw_dialogue(rng) for _ in range(20000)]
-        text = "".join(role + "\n" + content + END for dialogue in corpus for role, content in dialogue)
+        given = load_messages(args.data) if args.data else [draw_dialogue(rng) for _ in range(20000)]
+        text = "".join(role + "\n" + content + END for dialogue in given for role, content in dialogue)
         text += string.printable  # so that all can be asked
     elif args.task == "text":
-        corpus = text = load_text(args.data)
+        given = text = load_text(args.data)
     try:
         (args.export_hf or args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -687,8 +691,6 @@ def main():
     if tokenizer.vocab_size > config.vocab_size:
         fail(f"{args.init} knows {config.vocab_size} tokens, its tokenizer has {tokenizer.vocab_size}: take another")
     trainer = net.Trainer(config, args.seed, args.device, args.accumulate, args.dtype, args.compile)
-    if rank:
-        trainer.save = lambda *_, **__: None
     start = trainer.load(ckpt) if args.resume else 0
     if weights and not args.resume:
         try:
@@ -696,9 +698,11 @@ def main():
         except (KeyError, ValueError) as error:
             fail(f"{args.init} lacks a weight that its config asks for ({error}): fetch it again")
     if args.task == "rl":
-        corpus = net.Trainer(config, device=args.device)  # the model as it was at first
-        net.set_weights(corpus.model, read_model(args.init)[1])
-    task = {"text": Text, "chat": Chat, "rl": Reward}[args.task](trainer, tokenizer, args, corpus)
+        if config.block_size < 56:
+            fail(f"--task rl needs a context of 56 or more for sums and answers, this model's is {config.block_size}")
+        given = net.Trainer(config, device=args.device)  # the model as it was at first
+        net.set_weights(given.model, read_model(args.init)[1])
+    task = {"text": Text, "chat": Chat, "rl": Reward}[args.task](trainer, tokenizer, args, given)
     prompts = list(task.prompts())
     if not all(0 < (n := len(ids)) <= T for _, ids in prompts):
         fail(f"--prompt must have 1 to {T} tokens, the context of the model: it has {n}")
@@ -726,14 +730,17 @@ def main():
         export_gpt2(args.export_hf, {**meta, "config": vars(config)}, net.get_weights(trainer.model))
     files = [str(file) for file in (ckpt, args.out / "sample.txt", args.export_hf) if file and file.exists()]
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
-    result |= {"seconds": round(time.perf_counter() - began, 2), "tokens_per_s": round(speed * args.batch_size * T)}
+    result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 2)}
+    if args.task == "text":  # the rows of the others are of many lengths
+        result["tokens_per_s"] = round(speed * args.batch_size * T)
     result |= {"written_per_s": round(written, 1), **figures, "files": files}
     print("result " + json.dumps(result))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the run without a word, as it does other programs
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+        os._exit(141)

@@ -10,7 +10,7 @@ What differs from GPT-2:
     SwiGLU    mlp(x) = W_down (silu(W_gate x) * W_up x)        three matrices where GPT-2 has two
     the head may be a matrix of its own, not the embedding's
 
-LoRA trains y = W x + 2 B A x, A (rank, n_in) and B (n_out, rank), and leaves W as it is.
+LoRA trains y = W x + 2 B A x, A (rank, n_in), B (n_out, rank), and leaves W as it is; 2 is the paper's alpha / r.
 
 Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models"; Su et al. 2021 (RoPE); Ainslie
 et al. 2023 (GQA); Shazeer 2020 (SwiGLU); Hu et al. 2021 (LoRA); Xiao et al. 2023 (attention sinks). Names as in the

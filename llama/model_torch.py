@@ -10,7 +10,7 @@ What differs from GPT-2:
     SwiGLU    mlp(x) = W_down (silu(W_gate x) * W_up x)        three matrices where GPT-2 has two
     the head may be a matrix of its own, not the embedding's
 
-LoRA trains y = W x + 2 B A x, A (rank, n_in) and B (n_out, rank), and leaves W as it is.
+LoRA trains y = W x + 2 B A x, A (rank, n_in), B (n_out, rank), and leaves W as it is; 2 is the paper's alpha / r.
 
 Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models"; Su et al. 2021 (RoPE); Ainslie
 et al. 2023 (GQA); Shazeer 2020 (SwiGLU); Hu et al. 2021 (LoRA); Xiao et al. 2023 (attention sinks). Names as in the
@@ -139,8 +139,8 @@ class Linear(nn.Module):
         cores = torch.get_num_threads()
         if x.is_cpu and x.numel() == x.shape[-1] and not torch.is_grad_enabled() and self.weight.shape[0] % cores == 0:
             # one token is a matrix times a vector, which MKL leaves to one core: here each core takes some of the rows
-            rows = self.weight.unflatten(0, (cores, -1))  # (cores, n_out / cores, n_in)
-            y = torch.bmm(x.reshape(1, 1, -1).expand(cores, -1, -1), rows.mT).reshape(*x.shape[:-1], -1)
+            parts = self.weight.unflatten(0, (cores, -1))  # (cores, n_out / cores, n_in)
+            y = torch.bmm(x.reshape(1, 1, -1).expand(cores, -1, -1), parts.mT).reshape(*x.shape[:-1], -1)
         else:
             y = x @ self.weight.T
         return y + 2 * (x @ self.lora_a.T @ self.lora_b.T) if self.rank else y
@@ -166,7 +166,7 @@ class Quantized(nn.Module):
             groups = weight.unflatten(1, (-1, 32))  # (n_out, n_in / 32, 32)
             low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
             edge = torch.where(-low > high, low, high)  # the end farther from 0: q = 0, and 0 itself is one of the 16
-            steps = (15 * edge.abs() / (high - low)).round()  # from one to the other
+            steps = (15 * edge.abs() / (high - low).clamp(min=1e-8)).round()  # from one to the other
             scale = torch.where(edge == 0, 1.0, -edge / steps)
             q = ((groups - edge) / scale).round().clamp(0, 15).int().reshape(weight.shape)
             q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)  # two in a byte
@@ -443,7 +443,7 @@ class Trainer:
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
         self.rank, self.size = join()
         if self.device == "cuda":
-            torch.cuda.set_device(self.rank % torch.cuda.device_count())
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         self.model = Llama(config).to(self.device)
         init_weights(self.model, seed, weights or {})
         if self.size > 1:

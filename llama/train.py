@@ -10,7 +10,7 @@
     python train.py --init DIR --data own.jsonl --lora 8 --steps 100      fine-tuned
 
 --data: tinyshakespeare, a text file or dialogues, {"messages": [{"role": "user", "content": "..."}, ...]} in each line.
-Several processes: torchrun --nproc_per_node 2 train.py --optimizer adamw, or mlx.launch -n 2 -- python train.py.
+Two processes: torchrun --nproc-per-node 2 train.py --optimizer adamw; mlx.launch -n 2 -- python train.py --backend mlx
 """
 
 import argparse
@@ -45,8 +45,8 @@ def load_twin(args):
     """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install torch, or pip install 'mlx[cpu]', or the other --backend")
+    except ImportError as error:
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
@@ -114,10 +114,10 @@ def fetch(file, md5, *urls):
     path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for url in urls:
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
                 size = int(answer.headers.get("Content-Length") or 0)
                 while block := answer.read(1 << 18):
@@ -187,7 +187,7 @@ def load_llama(folder):
             for whole, parts in joined.items():
                 parts = [w.pop(f"layers.{i}.{part}.weight") for part in parts.split()]
                 w[f"layers.{i}.{whole}.weight"] = np.concatenate(parts)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{folder} is no whole model in the layout of Hugging Face ({error!r}): fetch it again")
     return config, w
 
@@ -278,8 +278,10 @@ class Tokens:
     """The tokens of a real model: tiktoken merges, and its numbers are looked up in `ids`, the model's."""
 
     def __init__(self, folder):
-        import tiktoken
-
+        try:
+            import tiktoken
+        except ModuleNotFoundError:
+            fail(f"the tokenizer in {folder} needs tiktoken: pip install tiktoken")
         ranked, special, self.ids, pattern = read_tokenizer(folder)
         self.special = {token: len(ranked) + i for i, token in enumerate(special)}
         ranks = {token: i for i, token in enumerate(ranked)}
@@ -416,7 +418,7 @@ def main():
     parser.add_argument("--bits", type=int, choices=[32, 8, 4], default=32, help="write with weights of so many bits")
     parser.add_argument("--chat", action="store_true", help="answer what is typed, until Ctrl-D")
     parser.add_argument("--system", default="", help="what a chat begins with: who answers, and how")
-    parser.add_argument("--prompt", default="The ")
+    parser.add_argument("--prompt", help="what to go on with")
     parser.add_argument("--tokens", type=int, default=500, help="how many to write")
     parser.add_argument("--temperature", type=float, help="0: always the likeliest token (default: 0.8, of --init 0.2)")
     parser.add_argument("--top-k", type=int, help="only from the K likeliest")
@@ -431,10 +433,9 @@ def main():
     args.steps = (0 if source else 600) if args.steps is None else args.steps
     args.temperature = (0.2 if source else 0.8) if args.temperature is None else args.temperature
     args.log_every = max(1, args.steps // 20)
-    if min(args.steps, args.tokens, args.lora) < 0 or min(args.batch_size, args.warmup) < 1:
-        fail("--steps, --tokens and --lora must be 0 or more, --batch-size and --warmup 1 or more")
-    if not 1 <= args.accumulate <= args.batch_size:
-        fail("--accumulate must be 1 to --batch-size")
+    least = args.batch_size, args.warmup, 1 if args.block_size is None else args.block_size
+    if min(args.steps, args.tokens, args.lora, args.seed) < 0 or min(least) < 1:
+        fail("--steps, --tokens, --lora, --seed must be 0 or more, --batch-size, --warmup, --block-size 1 or more")
     if not (0 < args.lr < math.inf and 0 <= args.temperature and 0 < args.top_p <= 1) or args.top_k == 0:
         fail("--lr must be more than 0, --temperature 0 or more, --top-p a share of 1, --top-k 1 or more")
     if args.lora and not source:
@@ -444,8 +445,8 @@ def main():
     rank, size = net.join()
     if rank:  # one of several processes speaks and saves
         sys.stdout = open(os.devnull, "w")
-    if args.batch_size % (size * args.accumulate) and size > 1:
-        fail(f"--batch-size must be a multiple of {size * args.accumulate}: {size} processes, {args.accumulate} parts")
+    if not args.batch_size >= args.accumulate * size > 0:
+        fail(f"--accumulate must be 1 to {args.batch_size // size}: a row of the batch for each process and part")
     if size > 1 and args.backend == "torch" and args.optimizer == "muon":
         fail("torchrun takes the matrices apart that muon needs whole: add --optimizer adamw")
     base, weights = load_llama(source) if source else ({}, None)
@@ -465,6 +466,8 @@ def main():
     folder = args.tokenizer or source or saved.get("tokenizer")
     alphabet = None if folder else saved["alphabet"] if saved else "".join(sorted(set(load_text(args.data))))
     tokenizer = Tokens(folder) if folder else Characters(alphabet)
+    if args.prompt is None:
+        args.prompt = "The " if folder or set("The ") <= set(alphabet) else alphabet[0]
     if args.chat:
         if not folder:
             fail("--chat needs a model that has learned to: name its folder with --init")
@@ -481,7 +484,7 @@ def main():
     if args.bits < 32 and (args.backend == "torch" and args.device != "cpu" or (C | config.n_hidden) % 32):
         fail("--bits 8 and 4 need --device cpu with torch, and widths that are multiples of 32")
     T = args.block_size or (min(256, config.block_size) if source else config.block_size)
-    measured = args.steps or not args.chat and (not source or args.data or args.bits < 32 or args.lengths)
+    measured = args.steps or args.lengths or not args.chat and (not source or args.data or args.bits < 32)
     ids, targets, train, val = load_data(args, tokenizer, T) if measured else [()] * 4
     if args.lengths and not 1 <= min(args.lengths) <= max(args.lengths) < len(ids) - val[0]:
         fail(f"--lengths must be 1 to {len(ids) - val[0] - 1}, the tokens of the text held out")
@@ -496,8 +499,9 @@ def main():
     del weights
     sizes = {name: w.size for name, w in net.get_weights(trainer.model).items()}
     params, learning = sum(sizes.values()), sum(sizes[name] for name in net.trained(trainer.model))
-    print(f"llama: {args.backend} on {args.device}, {params:,} parameters, {learning:,} of them to train; "
-          f"{args.data or 'manual of Python'}: {len(ids):,} tokens, {len(ids) and len(ids) - val[0]:,} held out; "
+    data = args.data or "manual of Python"
+    about = f"{data}: {len(ids):,} tokens, {len(ids) - val[0]:,} held out; " if measured else ""
+    print(f"llama: {args.backend} on {args.device}, {params:,} parameters, {learning:,} of them to train; {about}"
           f"files go to {args.out}", flush=True)  # fmt: skip
 
     def batch(step):
@@ -517,7 +521,7 @@ def main():
             n += (y >= 0).sum()
         return {"val_loss": total / n}
 
-    some = val[:: max(1, len(val) // 64)]  # enough for the log; the result is of all of them
+    some = val[:: math.ceil(len(val) / 64) or 1]  # 64 are enough for the log; the result is of all of them
     places = {"tokenizer": folder, "init": source}
     memory = {"alphabet": alphabet} | {name: place and str(Path(place).resolve()) for name, place in places.items()}
     speed = fit(trainer, batch, lambda: evaluate(some), lr, args, start, **memory)
@@ -548,8 +552,9 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the run without a word, as it does other programs
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+        os._exit(141)

@@ -55,6 +55,7 @@ class MLP(nn.Module):
 
 
 def loss_fn(z, y, loss):
+    """The mean of -log p of the class y, or of the answer y, 0 or 1, for logits z; or of the squared error of z."""
     if loss == "cross_entropy":
         return F.cross_entropy(z, y)
     if loss == "binary_cross_entropy":

@@ -47,8 +47,8 @@ def load_twin(args):
     """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install torch, or pip install 'mlx[cpu]', or the other --backend")
+    except ImportError as error:
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
@@ -116,10 +116,10 @@ def fetch(file, md5, *urls):
     path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for url in urls:
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
                 size = int(answer.headers.get("Content-Length") or 0)
                 while block := answer.read(1 << 18):
@@ -259,7 +259,7 @@ def draw_regions(trainer, x, y):
     p = trainer.predict((grid + (low + high - side / scale) / 2).astype(np.float32))
     if p.shape[1] == 1:
         p = np.concatenate([1 - p, p], 1)
-    tint = 255 - 0.45 * (p @ (255.0 - COLOURS[: p.shape[1]]))
+    tint = 255 - 0.45 * (p @ (255.0 - COLOURS[np.arange(p.shape[1]) % 10]))
     image = Image.fromarray(tint.reshape(side // 2, side // 2, 3).astype(np.uint8)).resize((side, side))
     draw = ImageDraw.Draw(image)
     for (u, v), label in zip((x - (low + high - side / scale) / 2) * scale, y.astype(int).ravel()):
@@ -326,20 +326,20 @@ def main():
     asked = parser.parse_known_args()[0]
     parser.set_defaults(**TASKS["digits" if asked.data in IDX else asked.task])
     args = parser.parse_args()
-    if args.steps < 0 or args.batch_size < 1 or not 0 < args.lr < math.inf or min(args.hidden, default=1) < 1:
-        fail("--steps must be 0 or more, --batch-size and --hidden 1 or more, --lr more than 0")
+    if min(args.steps, args.seed) < 0 or min([args.batch_size, *args.hidden]) < 1 or not 0 < args.lr < math.inf:
+        fail("--steps and --seed must be 0 or more, --batch-size and --hidden 1 or more, --lr more than 0")
     args.log_every = max(1, args.steps // 20)
 
     ckpt = args.out / "ckpt.npz"
     saved = read_meta(ckpt, "mlp") if args.resume else None
     x_train, y_train, x_val, y_val = load_data(args)
-    n_in, n_out = x_train.shape[1], y_train.max() + 1 if args.loss == "cross_entropy" else 1
+    n_in, n_out = x_train.shape[1], max(y_train.max(), y_val.max()) + 1 if args.loss == "cross_entropy" else 1
     if args.batch_size > len(x_train):
         fail(f"--batch-size {args.batch_size} is more than the {len(x_train)} examples: make it smaller")
     net = load_twin(args)
     config = net.Config(n_in, args.hidden, int(n_out), args.activation, args.loss, args.optimizer, args.grad)
     if saved:
-        config = net.Config(**saved["config"])
+        config = net.Config(**saved["config"] | {"grad": args.grad})  # by hand or autograd, the gradients are the same
         if (config.n_in, config.n_out, config.loss) != (n_in, n_out, args.loss):
             fail(f"{ckpt} was trained on other data: repeat the --task and --data of that run")
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
@@ -359,19 +359,22 @@ def main():
         return {name: float(value) for name, value in trainer.evaluate(x_val, y_val).items()}
 
     speed = fit(trainer, batch, evaluate, lr, args, start)
+    figures = evaluate()
     files = [ckpt] if ckpt.exists() else []
-    picture = draw_answers if n_in == 784 else draw_regions if args.loss != "mse" else draw_fit
-    if picture is draw_answers or n_in == (1 if picture is draw_fit else 2):  # a table of more columns has no picture
+    pictures = {(784, "cross_entropy"): draw_answers, (1, "mse"): draw_fit}
+    pictures |= {(2, loss): draw_regions for loss in ("cross_entropy", "binary_cross_entropy")}
+    if picture := pictures.get((n_in, args.loss)):  # a table of more columns has none
         picture(trainer, x_val, y_val).save(args.out / "sample.png")
         files.append(args.out / "sample.png")
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
-    result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1)} | evaluate()
+    result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1)} | figures
     print("result " + json.dumps(result | {"files": [str(file) for file in files]}))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the run without a word, as it does other programs
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+        os._exit(141)

@@ -179,11 +179,11 @@ def loss_fn(out, y, loss):
     """The mean -log softmax(out)[y], in nats, over y (B,) or (B, T); or the mean squared error, y of out's shape."""
     if loss == "cross_entropy":
         return nn.losses.cross_entropy(out, y, reduction="mean")
-    return nn.losses.mse_loss(out, y)
+    return nn.losses.mse_loss(out, y, reduction="mean")
 
 
 def state_gradients(model, x):
-    """|dh_T/ds_t| for t = 1 ... T, x (T, n_in), s the state (h, or h and c) of the first layer, by hand: (T,).
+    """|dh_T/ds_t| for t = 1 ... T, x (T, n_in), s the state (h, or h and c) of the first layer, a by-hand one: (T,).
 
     The norm is Frobenius', over sqrt(H), so that dh_T/dh_T has 1. H copies of the sequence run side by side, and copy k
     is asked for the gradient of h_T[k]; a zero is added to each state, and the gradient for that zero is what we want.
@@ -321,11 +321,11 @@ class Trainer:
         self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
 
     def arrays(self, x, y, *more):
-        """Numpy to the framework. Tokens and classes are checked first: MLX would read past the end of an array."""
+        """Numpy to the framework; None stays. Tokens and classes are checked: MLX would read past an array's end."""
         for ids, n in ((x, self.config.vocab_size), (y, self.config.n_out)):
             if ids.dtype == np.int64 and not 0 <= ids.min() <= ids.max() < n:
                 raise ValueError(f"a token or a label is outside 0 ... {n - 1}")
-        return [mx.array(a) for a in (x, y, *more)]
+        return [a if a is None else mx.array(a) for a in (x, y, *more)]
 
     def step(self, x, y, keep=None, beside=None, *, lr):
         """One update; returns {"loss", "grad_norm"}, before the update and before clipping.
@@ -333,15 +333,14 @@ class Trainer:
         x and beside as the network takes them, y (B, T) or (B,) int64 classes or (B, n_out) numbers. keep (B,) has 1
         where a row goes on from the step before, with its state, and 0 where it begins; without it all rows begin.
         """
-        arrays = self.arrays(*(a for a in (x, y, keep, beside) if a is not None))
+        x, y, keep, beside = self.arrays(x, y, keep, beside)
         self.t += 1
-        state = None if keep is None else self.carried(arrays[2])
 
-        def total(*arrays):
-            out, last = self.model(arrays[0], state, *arrays[3:])
-            return loss_fn(out, arrays[1], self.config.loss), last
+        def total():
+            out, last = self.model(x, self.carried(keep), beside)
+            return loss_fn(out, y, self.config.loss), last
 
-        (loss, last), grads = nn.value_and_grad(self.model, total)(*arrays)
+        (loss, last), grads = nn.value_and_grad(self.model, total)()
         self.state = None if keep is None else last  # here back-propagation through time is truncated
         grads, norm = optim.clip_grad_norm(grads, self.config.clip)
         grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
@@ -352,31 +351,31 @@ class Trainer:
             elif self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("layers."):  # the cells' matrices
                 params[name], self.m[name] = muon(p, grads[name], self.m[name], lr, decay)
             else:
-                moments = self.m[name], self.v[name]
-                params[name], self.m[name], self.v[name] = adamw(p, grads[name], *moments, lr, self.t, decay)
+                g, m, v = grads[name], self.m[name], self.v[name]
+                params[name], self.m[name], self.v[name] = adamw(p, g, m, v, lr, self.t, decay)
         self.model.update(tree_unflatten(list(params.items())))
         mx.eval(loss, last, norm, params, self.m, self.v)  # MLX is lazy: here the step is computed
         return {"loss": loss, "grad_norm": norm}
 
     def carried(self, keep):
         """The state after the last step where keep (B,) is 1, else 0; a batch of another size begins anew."""
-        if self.state is None or self.state.shape[2] != len(keep):
-            return self.model.zero_state(len(keep))
+        if keep is None or self.state is None or self.state.shape[2] != len(keep):
+            return None
         return self.state * keep[:, None]
 
     def evaluate(self, x, y, beside=None):
         """{"val_loss"} and, for one class a row, {"accuracy"}. A long text is read in parts, with the state carried."""
-        arrays = self.arrays(*(a for a in (x, y, beside) if a is not None))
+        x, y, beside = self.arrays(x, y, beside)
         if self.config.read == "last":
-            out = self.model(arrays[0])[0]
-            figures = {"val_loss": loss_fn(out, arrays[1], self.config.loss)}
+            out = self.model(x)[0]
+            figures = {"val_loss": loss_fn(out, y, self.config.loss)}
             if self.config.loss == "cross_entropy":
-                figures["accuracy"] = (out.argmax(-1) == arrays[1]).mean()
+                figures["accuracy"] = (out.argmax(-1) == y).mean()
             return figures
         total, state = 0.0, None
         for at in range(0, x.shape[1], 128):
-            x_t, y_t, *more = (a[:, at : at + 128] for a in arrays)
-            out, state = self.model(x_t, state, *more)
+            x_t, y_t, beside_t = (a if a is None else a[:, at : at + 128] for a in (x, y, beside))
+            out, state = self.model(x_t, state, beside_t)
             total = total + loss_fn(out, y_t, self.config.loss) * (y_t.shape[1] / y.shape[1])
         return {"val_loss": total}
 
@@ -387,9 +386,9 @@ class Trainer:
 
     def generate(self, prompt, n, temperature=1.0, seed=0, beside=None):
         """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
-        idx, u, *more = self.arrays(prompt, np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32),
-                                    *([] if beside is None else [beside]))  # fmt: skip
-        for token in generate(self.model, idx, u, temperature, *more):
+        u = np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32)
+        idx, u, beside = self.arrays(prompt, u, beside)
+        for token in generate(self.model, idx, u, temperature, beside):
             yield np.array(token)
 
     def state_gradients(self, x):

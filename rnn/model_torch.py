@@ -128,7 +128,7 @@ class Builtin(nn.Module):
     def forward(self, x, state):
         """As ByHand."""
         if isinstance(self.rnn, nn.LSTM):
-            every_h, (h, c) = self.rnn(x, (state[:1].contiguous(), state[1:].contiguous()))
+            every_h, (h, c) = self.rnn(x, state.split(1))
             return every_h, torch.cat([h, c])
         return self.rnn(x, state)
 
@@ -173,7 +173,7 @@ def loss_fn(out, y, loss):
 
 
 def state_gradients(model, x):
-    """|dh_T/ds_t| for t = 1 ... T, x (T, n_in), s the state (h, or h and c) of the first layer, by hand: (T,).
+    """|dh_T/ds_t| for t = 1 ... T, x (T, n_in), s the state (h, or h and c) of the first layer, a by-hand one: (T,).
 
     The norm is Frobenius', over sqrt(H), so that dh_T/dh_T has 1. H copies of the sequence run side by side, and copy k
     is asked for the gradient of h_T[k]; a zero is added to each state, and the gradient for that zero is what we want.
@@ -313,11 +313,11 @@ class Trainer:
         self.v = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
 
     def arrays(self, x, y, *more):
-        """Numpy to the framework. Tokens and classes are checked first: MLX would read past the end of an array."""
+        """Numpy to the framework; None stays. Tokens and classes are checked: MLX would read past an array's end."""
         for ids, n in ((x, self.config.vocab_size), (y, self.config.n_out)):
             if ids.dtype == np.int64 and not 0 <= ids.min() <= ids.max() < n:
                 raise ValueError(f"a token or a label is outside 0 ... {n - 1}")
-        return [torch.from_numpy(a).to(self.device) for a in (x, y, *more)]
+        return [a if a is None else torch.from_numpy(a).to(self.device) for a in (x, y, *more)]
 
     def step(self, x, y, keep=None, beside=None, *, lr):
         """One update; returns {"loss", "grad_norm"}, before the update and before clipping.
@@ -325,14 +325,13 @@ class Trainer:
         x and beside as the network takes them, y (B, T) or (B,) int64 classes or (B, n_out) numbers. keep (B,) has 1
         where a row goes on from the step before, with its state, and 0 where it begins; without it all rows begin.
         """
-        arrays = self.arrays(*(a for a in (x, y, keep, beside) if a is not None))
+        x, y, keep, beside = self.arrays(x, y, keep, beside)
         self.t += 1
-        state = None if keep is None else self.carried(arrays[2])
         self.model.zero_grad()
-        out, state = self.model(arrays[0], state, *arrays[3:])
-        loss = loss_fn(out, arrays[1], self.config.loss)
+        out, last = self.model(x, self.carried(keep), beside)
+        loss = loss_fn(out, y, self.config.loss)
         loss.backward()
-        self.state = None if keep is None else state.detach()  # here back-propagation through time is truncated
+        self.state = None if keep is None else last.detach()  # here back-propagation through time is truncated
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         for name, p in self.model.named_parameters():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
@@ -346,24 +345,24 @@ class Trainer:
 
     def carried(self, keep):
         """The state after the last step where keep (B,) is 1, else 0; a batch of another size begins anew."""
-        if self.state is None or self.state.shape[2] != len(keep):
-            return self.model.zero_state(len(keep))
+        if keep is None or self.state is None or self.state.shape[2] != len(keep):
+            return None
         return self.state * keep[:, None]
 
     @torch.no_grad()
     def evaluate(self, x, y, beside=None):
         """{"val_loss"} and, for one class a row, {"accuracy"}. A long text is read in parts, with the state carried."""
-        arrays = self.arrays(*(a for a in (x, y, beside) if a is not None))
+        x, y, beside = self.arrays(x, y, beside)
         if self.config.read == "last":
-            out = self.model(arrays[0])[0]
-            figures = {"val_loss": loss_fn(out, arrays[1], self.config.loss)}
+            out = self.model(x)[0]
+            figures = {"val_loss": loss_fn(out, y, self.config.loss)}
             if self.config.loss == "cross_entropy":
-                figures["accuracy"] = (out.argmax(-1) == arrays[1]).float().mean()
+                figures["accuracy"] = (out.argmax(-1) == y).float().mean()
             return figures
         total, state = 0.0, None
         for at in range(0, x.shape[1], 128):
-            x_t, y_t, *more = (a[:, at : at + 128] for a in arrays)
-            out, state = self.model(x_t, state, *more)
+            x_t, y_t, beside_t = (a if a is None else a[:, at : at + 128] for a in (x, y, beside))
+            out, state = self.model(x_t, state, beside_t)
             total = total + loss_fn(out, y_t, self.config.loss) * (y_t.shape[1] / y.shape[1])
         return {"val_loss": total}
 
@@ -375,9 +374,9 @@ class Trainer:
 
     def generate(self, prompt, n, temperature=1.0, seed=0, beside=None):
         """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
-        idx, u, *more = self.arrays(prompt, np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32),
-                                    *([] if beside is None else [beside]))  # fmt: skip
-        for token in generate(self.model, idx, u, temperature, *more):
+        u = np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32)
+        idx, u, beside = self.arrays(prompt, u, beside)
+        for token in generate(self.model, idx, u, temperature, beside):
             yield token.cpu().numpy()
 
     def state_gradients(self, x):

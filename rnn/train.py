@@ -4,8 +4,8 @@
 # ///
 """Train a recurrent network:  python train.py [--backend mlx] [--task series] [--data FILE.csv] [--impl builtin] ...
 
-Tasks: text (write on, character by character), series (forecast many variables; a CSV), speech (which word is spoken;
-with --speak: say it), gradients (how they vanish and explode on the way back through time, and what clipping does).
+Tasks: text (write on, character by character), series (forecast many variables), speech (which word is spoken), speak
+(say it), gradients (how they vanish and explode on the way back through time, and what clipping does).
 --data: tinyshakespeare or a text; a CSV with a header; a folder of recordings named {label}_{speaker}_{take}.wav.
 """
 
@@ -30,10 +30,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 TASKS = {
-    "text": dict(cell="lstm", n_hidden=256, steps=600, batch_size=32, lr=0.03, optimizer="muon", length=64),
+    "text": dict(cell="lstm", n_hidden=256, steps=600, batch_size=32, lr=0.03, optimizer="muon"),
     "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw"),
     "speech": dict(cell="gru", n_hidden=128, steps=600, batch_size=64, lr=6e-3, optimizer="adamw"),
-    "speak": dict(cell="gru", n_hidden=160, steps=800, batch_size=16, lr=0.02, optimizer="muon", length=256, decay=0.0),
+    "speak": dict(cell="gru", n_hidden=160, steps=800, batch_size=16, lr=0.02, optimizer="muon", length=256,
+                  weight_decay=0.0),
     "gradients": dict(cell="rnn", n_hidden=64, steps=300, batch_size=64, lr=0.03, optimizer="sgd", length=60),
 }
 RATE = 8000  # samples of sound in a second
@@ -51,8 +52,8 @@ def load_twin(args):
     """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install torch, or pip install 'mlx[cpu]', or the other --backend")
+    except ImportError as error:
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
@@ -120,10 +121,10 @@ def fetch(file, md5, *urls):
     path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for url in urls:
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
                 size = int(answer.headers.get("Content-Length") or 0)
                 while block := answer.read(1 << 18):
@@ -191,11 +192,14 @@ class Text:
         if len(self.train) // args.batch_size <= T or len(self.val) <= T:
             need = 10 * max(T + 1, args.batch_size * (T + 1) // 9 + 1)
             fail(f"{len(ids)} characters are too few for --batch-size {args.batch_size} and --length {T}: have {need}")
+        if args.prompt is None:
+            args.prompt = "The " if set("The ") <= set(self.extra["alphabet"]) else self.extra["alphabet"][0]
         if not args.prompt:
             fail("--prompt must have a character or more")
         self.prompt = self.tokenizer.encode(args.prompt)[None]
-        self.config = dict(vocab_size=V, n_embd=args.n_embd, n_out=V)
-        self.about = f"{args.data or 'manual of Python'}: {len(self.train):,} characters to train on, {len(self.val):,}"
+        self.config = dict(vocab_size=V, n_out=V)
+        n = len(self.train), len(self.val)
+        self.about = f"{args.data or 'manual of Python'}: {n[0]:,} characters to train on, {n[1]:,} held out"
 
     def batch(self, step):
         B, T = self.args.batch_size, self.args.length
@@ -226,14 +230,14 @@ class Text:
 # ---- series ----------------------------------------------------------------------------------------------------------
 
 
-def make_weather(seed, days=730):
-    """Generated hourly weather, (N, 5), of two years: temperature, pressure, humidity, wind and cloud.
+def make_weather(seed):
+    """Generated hourly weather of two years: the names of the variables, and (N, 5).
 
     The year and the day are cosines. Fronts come every few days: pressure falls for about a day before one and rises
     faster after it; clouds, wind and moisture gather before it, and it leaves colder air behind, which warms slowly.
     Clouds halve the daily cycle. What is left is noise with a memory of some hours.
     """
-    rng, N = np.random.default_rng((seed, 5)), days * 24
+    rng, N = np.random.default_rng((seed, 5)), 730 * 24
     hour = np.arange(N)
 
     def noise(memory, size):  # an autoregression: correlated over `memory` hours, of standard deviation `size`
@@ -254,7 +258,8 @@ def make_weather(seed, days=730):
     pressure = 1018 - 14 * front + noise(60, 3)
     humidity = (72 - 12 * day * (1 - cloud / 200) + 14 * front - 6 * year + noise(8, 4)).clip(15, 100)
     wind = (3 + 5 * front + 0.8 * day + noise(5, 1)).clip(0, None)
-    return np.stack([temperature, pressure, humidity, wind, cloud], 1)
+    names = "temperature pressure humidity wind cloud".split()
+    return names, np.stack([temperature, pressure, humidity, wind, cloud], 1)
 
 
 GAPS = {"", "na", "nan", "n/a", "null", "none", "?", "-"}
@@ -294,10 +299,7 @@ class Series:
     extra = {}
 
     def __init__(self, args, saved):
-        names, table = "temperature pressure humidity wind cloud".split(), None
-        if args.data:
-            names, table = read_table(args.data)
-        table = make_weather(args.seed) if table is None else table
+        names, table = read_table(args.data) if args.data else make_weather(args.seed)
         self.args, self.names, W, H = args, names, args.window, args.horizon
         self.cut, need = len(table) * 4 // 5, 5 * (W + 2 * H)
         if len(table) < need:
@@ -309,9 +311,10 @@ class Series:
         past = self.table[: self.cut]
         lags = range(H, max(H, min(400, self.cut // 2)) + 1)
         self.season = min(lags, key=lambda lag: np.square(past[lag:] - past[:-lag]).mean())
-        self.starts = np.arange(max(self.cut, self.season, W), len(table) - H + 1)  # of what is to be forecast
+        self.starts = np.arange(self.cut, len(table) - H + 1)  # of what is to be forecast
         self.config = dict(n_in=len(names), n_out=H * len(names), read="last", loss="mse")
-        self.about = f"{args.data or 'generated weather'}: {self.cut:,} times to train on, {len(table) - self.cut:,}"
+        n = self.cut, len(table) - self.cut
+        self.about = f"{args.data or 'generated weather'}: {n[0]:,} times to train on, {n[1]:,} held out"
 
     def windows(self, at):
         """What was known at the times `at`, (B, window, V), and what came, (B, horizon V)."""
@@ -348,14 +351,13 @@ class Series:
             print(f"{name[:16]:16}" + "".join(f"{error[v] * self.std[v]:13.3f}" for error in rmse.values()))
         mean = {name: float(error.mean()) for name, error in rmse.items()}
         print(f"{'mean / std':16}" + "".join(f"{error:13.3f}" for error in mean.values()) + "\n")
-        H, colours = self.args.horizon, {"network": RED, "persistence": GREY, "seasonal": SKY}
-        n = min(len(truth) // H, max(1, 240 // H))  # forecasts end to end
-        panels = []
+        H, panels, answers["truth"] = self.args.horizon, [], truth
+        n = min(len(truth) // H, max(1, 240 // H))  # forecasts, end to end
         for v, name in enumerate(self.names[:5]):
-            lines = [(np.arange(n * H), truth[: n * H : H, :, v].ravel() * self.std[v] + self.mean[v], BLACK, "truth")]
-            for kind in ("seasonal", "network"):
-                y = answers[kind][: n * H : H, :, v] * self.std[v] + self.mean[v]
-                lines += [(np.arange(H) + i * H, y[i], colours[kind], "" if i else kind) for i in range(n)]
+            lines = []
+            for kind, colour in (("truth", BLACK), ("seasonal", SKY), ("network", RED)):
+                y = answers[kind][: n * H : H, :, v].ravel() * self.std[v] + self.mean[v]
+                lines.append((np.arange(n * H), y, colour, kind))
             panels.append((f"{name}, {H} steps ahead", lines, False))
         plot(panels, 150 if len(panels) > 3 else 240).save(self.args.out / "sample.png", optimize=True)
         best = min(mean["persistence"], mean["seasonal"])
@@ -409,22 +411,20 @@ def make_utterance(word, pitch, tract, pace, rng):
 
 def make_speech(seed, speakers=8, takes=6):
     """Digit-like utterances of synthetic voices: sounds, labels "0" ... "9", speakers."""
-    rng, sounds, labels, names = np.random.default_rng((seed, 8)), [], [], []
-    for i in range(speakers):
+    rng, sounds = np.random.default_rng((seed, 8)), []
+    for _ in range(speakers):
         pitch, tract, pace = rng.uniform(90, 230), rng.uniform(0.9, 1.18), rng.uniform(0.85, 1.2)
-        for take in range(takes * 10):
+        for word in WORDS * takes:
             voice = pitch * rng.uniform(0.93, 1.07), tract, pace * rng.uniform(0.9, 1.1)
-            sounds.append(make_utterance(WORDS[take % 10], *voice, rng))
-            labels.append(str(take % 10))
-            names.append(f"voice{i}")
-    return sounds, labels, names
+            sounds.append(make_utterance(word, *voice, rng))
+    return sounds, [*"0123456789"] * takes * speakers, [f"voice{i}" for i in range(speakers) for _ in range(takes * 10)]
 
 
 def read_wav(path):
     """A WAV file of 8 or 16 bits as (N,) in [-1, 1] at RATE: the mean of its channels, resampled linearly."""
     try:
         with wave.open(str(path)) as f:
-            raw, width, channels, rate = f.readframes(f.getnframes()), *f.getparams()[1::-1], f.getframerate()
+            raw, (channels, width, rate) = f.readframes(f.getnframes()), f.getparams()[:3]
         x = np.frombuffer(raw, {1: np.uint8, 2: "<i2"}[width]).astype(np.float64)
         x = ((x - 128) / 128 if width == 1 else x / 32768).reshape(-1, channels).mean(1)
         return np.interp(np.arange(0, len(x) - 1, rate / RATE), np.arange(len(x)), x)
@@ -472,13 +472,17 @@ def log_mel(x, n_mel=24, size=160, hop=128):
 
 
 def load_speech(args):
-    """Sounds, labels as numbers, their names, and which are held out: all sounds of one speaker, no other."""
+    """Sounds with a peak of 1, labels as numbers, their names; which to train on, and which, of one speaker, not."""
     sounds, labels, speakers = read_speech(args.data) if args.data else make_speech(args.seed)
-    args.held_out = args.held_out or sorted(set(speakers))[-1]
+    args.held_out = args.held_out or max(speakers)
     if args.held_out not in speakers:
         fail(f"--held-out {args.held_out}: the speakers are {', '.join(sorted(set(speakers)))}")
-    names = sorted(set(labels))
-    return sounds, np.array([names.index(x) for x in labels]), names, np.array(speakers) == args.held_out
+    sounds = [sound / np.abs(sound).max(initial=1e-6) for sound in sounds]
+    names, held = sorted(set(labels)), np.array(speakers) == args.held_out
+    n, who = (sum(~held), sum(held)), args.held_out
+    args.about = f"{args.data or 'drawn voices'}: {n[0]:,} words to train on, {n[1]:,} of {who} held out"
+    y = np.array([names.index(label) for label in labels])
+    return sounds, y, names, np.flatnonzero(~held), np.flatnonzero(held)
 
 
 class Speech:
@@ -487,18 +491,14 @@ class Speech:
     extra, frames, bands = {}, 50, 24
 
     def __init__(self, args, saved):
-        self.args = args
-        sounds, self.y, self.names, self.held = load_speech(args)
-        self.mels = []
+        self.args, self.mels = args, []
+        sounds, self.y, self.names, self.train, self.val = load_speech(args)
         for sound in sounds:
-            mel = log_mel(sound / max(np.abs(sound).max(), 1e-6), self.bands)
+            mel = log_mel(sound, self.bands)
             mel = np.maximum(mel, mel.max() - 7)  # 30 dB are heard: the rooms' silence sounds the same for all
             loud = np.flatnonzero(mel.max(1) > mel.max() - 4)
             self.mels.append(mel[loud[0] : loud[-1] + 1])  # from the first loud frame to the last
-        self.train, self.val = np.flatnonzero(~self.held), np.flatnonzero(self.held)
-        self.config = dict(n_in=2 * self.bands, n_out=len(self.names), read="last")
-        self.about = f"{args.data or 'synthetic voices'}: {len(self.train):,} words to train on, {len(self.val):,} of "
-        self.about += args.held_out
+        self.config, self.about = dict(n_in=2 * self.bands, n_out=len(self.names), read="last"), args.about
 
     def features(self, number, rng=None):
         """(B, frames, 2 bands): the bands and their slopes in time, flush right after zeros; varied with an rng."""
@@ -528,11 +528,11 @@ class Speech:
         return {name: float(value) for name, value in trainer.evaluate(self.features(some), self.y[some]).items()}
 
     def report(self, trainer, net):
-        answers = trainer.predict(self.features(self.val)).argmax(1)
+        answers, K = trainer.predict(self.features(self.val)).argmax(1), len(self.names)
+        counts = np.bincount(self.y[self.val] * K + answers, minlength=K * K).reshape(K, K)
         print("\nspoken \\ heard" + "".join(f"{name[:6]:>7}" for name in self.names))
-        for i, name in enumerate(self.names):
-            counts = [int(((answers == j) & (self.y[self.val] == i)).sum()) for j in range(len(self.names))]
-            print(f"{name[:14]:14}" + "".join(f"{n or '.':>7}" for n in counts))
+        for name, row in zip(self.names, counts):
+            print(f"{name[:14]:14}" + "".join(f"{n or '.':>7}" for n in row))
         print()
         return {}, []
 
@@ -548,17 +548,14 @@ class Speak:
 
     def __init__(self, args, saved):
         self.args = args
-        sounds, self.y, self.names, self.held = load_speech(args)
+        sounds, self.y, self.names, self.train, self.val = load_speech(args)
         self.codes = np.full((len(sounds), self.samples + 1), 128)
         for row, sound in zip(self.codes, sounds):
-            row[1 : len(sound) + 1] = mu_law(sound / np.abs(sound).max())[: self.samples]
+            row[1 : len(sound) + 1] = mu_law(sound)[: self.samples]
         self.lengths = np.array([min(len(sound), self.samples) for sound in sounds])
-        self.train, self.val = np.flatnonzero(~self.held), np.flatnonzero(self.held)
         if args.length > self.lengths.min():
             fail(f"--length {args.length} is more than the shortest utterance has samples, {self.lengths.min()}")
-        self.config = dict(vocab_size=256, n_embd=args.n_embd, n_in=len(self.names) * self.places, n_out=256)
-        self.about = f"{args.data or 'synthetic voices'}: {len(self.train):,} words to train on, {len(self.val):,} of "
-        self.about += args.held_out
+        self.config, self.about = dict(vocab_size=256, n_in=len(self.names) * self.places, n_out=256), args.about
 
     def beside(self, y, lengths, at):
         """What goes with the samples number `at`, (T,) or (B, T): (B, T, labels places)."""
@@ -594,7 +591,7 @@ class Speak:
         for i, name in enumerate(self.names):
             files.append(f"{name}.wav")
             write_wav(self.args.out / files[-1], made[i, : lengths[i]])
-            first = np.flatnonzero((self.y == i) & self.held)[:1]
+            first = self.val[self.y[self.val] == i][:1]
             rows.append([made[i, : lengths[i]], *(from_mu_law(self.codes[j, 1 : self.lengths[j]]) for j in first)])
         draw_spectrograms(rows[:10], self.names).save(self.args.out / "sample.png", optimize=True)
         return {}, ["sample.png", *files]
@@ -610,7 +607,7 @@ class Gradients:
 
     def __init__(self, args, saved):
         self.args, self.config = args, dict(n_in=1, n_out=1, read="last", loss="mse", radius=1.5)
-        self.about = f"to recall a number after {args.length - 1} steps, drawn anew each time; 256"
+        self.about = f"to recall a number after {args.length - 1} steps, drawn anew each time; 256 held out"
 
     def draw(self, n, *key):
         x = np.random.default_rng((self.args.seed, *key)).uniform(-1, 1, (n, self.args.length, 1)).astype(np.float32)
@@ -632,7 +629,7 @@ class Gradients:
         for cell, colour in (("rnn", RED), ("lstm", BLUE), ("gru", GREEN)):
             for radius in (0.9, 2.0):
                 new = net.Trainer(net.Config(**{**config, "cell": cell, "radius": radius}), args.seed, args.device)
-                norms = new.state_gradients(x)[::-1]
+                norms = np.nan_to_num(new.state_gradients(x)[::-1], nan=1e30, posinf=1e30)
                 print(f"{cell:5} radius {radius:<9}" + "".join(f"{norms[back]:10.1e}" for back in shown))
                 figures[f"{cell}_{radius}"] = float(norms[-1])
                 tint = tuple((c + 510) // 3 for c in colour) if radius < 1 else colour
@@ -642,15 +639,16 @@ class Gradients:
         for clip, colour in ((math.inf, RED), (args.clip, BLUE)):
             new = net.Trainer(net.Config(**{**config, "clip": clip}), args.seed, args.device)
             steps = [new.step(*self.batch(step), lr=args.lr) for step in range(n)]
-            for name, lines in curves.items():
+            label = f"clipped at {clip:g}" if clip < math.inf else "not clipped"
+            for name, curve in curves.items():
                 y = np.array([float(metrics[name]) for metrics in steps])
                 y = np.where(np.isfinite(y), y, 1e6).clip(1e-3, 1e6)  # what blew up runs along the upper edge
-                lines.append((np.arange(n), y, colour, f"clipped at {clip:g}" if clip < math.inf else "not clipped"))
+                curve.append((np.arange(n), y, colour, label))
             if n:
-                loss, norm = (curves[name][-1][1] for name in ("loss", "grad_norm"))
-                print(f"{lines[-1][3]:14} {n} steps: loss {loss[-10:].mean():.3g}, largest gradient {norm.max():.3g}")
+                loss, norm = (curve[-1][1] for curve in curves.values())
+                print(f"{label:14} {n} steps: loss {loss[-10:].mean():.3g}, largest gradient {norm.max():.3g}")
         titles = {"loss": "loss by the step", "grad_norm": "norm of the gradient, before clipping, by the step"}
-        panels += [(titles[name], lines, True) for name, lines in curves.items() if n > 1]
+        panels += [(titles[name], curve, True) for name, curve in curves.items() if n > 1]
         plot(panels).save(args.out / "sample.png", optimize=True)
         return figures, ["sample.png"]
 
@@ -661,9 +659,9 @@ BLACK, GREY, RED, SKY, GREEN = (40, 40, 40), (160, 160, 160), (214, 39, 40), (14
 BLUE, PAPER = (31, 119, 180), (250, 250, 247)
 
 
-def plot(panels, height=240, width=960):
+def plot(panels, height=240):
     """Panels one below the other: (title, [(x, y, colour, label or "")], whether y is shown in powers of ten)."""
-    scale, font = 2, ImageFont.load_default(24)
+    scale, width, font = 2, 960, ImageFont.load_default(24)
     image = Image.new("RGB", (scale * width, scale * height * len(panels)), PAPER)
     draw = ImageDraw.Draw(image)
     for i, (title, lines, log) in enumerate(panels):
@@ -671,7 +669,7 @@ def plot(panels, height=240, width=960):
         xs = np.concatenate([line[0] for line in lines])
         shown = [np.log10(np.maximum(line[1], 1e-30)) if log else np.asarray(line[1], float) for line in lines]
         ys = np.concatenate(shown)
-        low, high = ys[np.isfinite(ys)].min(), ys[np.isfinite(ys)].max() + 1e-9
+        low, high = ys.min(), ys.max() + 1e-9
         step = 10.0 ** math.floor(math.log10(high - low))
         step = max(step * (0.5 if (high - low) / step < 2 else 1 if (high - low) / step < 5 else 2), 1 if log else 0)
         for tick in np.arange(math.ceil(low / step), high / step + 1e-9) * step:
@@ -681,7 +679,6 @@ def plot(panels, height=240, width=960):
         draw.text((left, top - 24), title, BLACK, font, anchor="lm")
         at = right
         for (x, _, colour, label), y in zip(lines, shown):
-            y = np.where(np.isfinite(y), y, high)
             u = left + (x - xs.min()) / (xs.max() - xs.min()) * (right - left)
             draw.line(list(zip(u, bottom - (y - low) / (high - low) * (bottom - top))), colour, 3, joint="curve")
             if label:
@@ -716,68 +713,61 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch")
-    parser.add_argument("--task", choices=["text", "series", "speech", "gradients"], default="text")
+    parser.add_argument("--task", choices=TASKS, default="text")
     parser.add_argument("--data", help="tinyshakespeare or a text; a CSV; a folder of WAV files (default: embedded)")
-    parser.add_argument("--speak", action="store_true", help="with --task speech: learn to say the words")
     parser.add_argument("--held-out", help="the speaker not to train on (default: the last by name)")
     parser.add_argument("--cell", choices=["rnn", "lstm", "gru"])
     parser.add_argument("--impl", choices=["by-hand", "builtin"], default="by-hand")
     parser.add_argument("--n-hidden", type=int)
     parser.add_argument("--n-layer", type=int, default=1)
     parser.add_argument("--n-embd", type=int, default=64, help="width of the embedding of a token")
-    parser.add_argument("--length", type=int, help="steps that the gradient goes back through time")
+    parser.add_argument("--length", type=int, default=64, help="steps that the gradient goes back through time")
     parser.add_argument("--window", type=int, default=72, help="series: how many times the network sees")
     parser.add_argument("--horizon", type=int, default=24, help="series: and how many it forecasts")
     parser.add_argument("--optimizer", choices=["muon", "adamw", "sgd"])
     parser.add_argument("--steps", type=int, help="0: only evaluate and report")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float, help="the highest rate; it falls to 0 linearly")
-    parser.add_argument("--decay", type=float, default=0.1, help="weight decay, of the matrices")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices")
     parser.add_argument("--clip", type=float, default=1.0, help="the largest norm of a gradient; inf: any")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().with_name("out"))
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
     parser.add_argument("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best there is)")
-    parser.add_argument("--prompt", default="The ")
+    parser.add_argument("--prompt", help="what to go on with")
     parser.add_argument("--tokens", type=int, default=500, help="how many characters to write")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest")
-    asked = parser.parse_known_args()[0]
-    asked.task = "speak" if asked.speak else asked.task
-    parser.set_defaults(**TASKS[asked.task])
+    parser.set_defaults(**TASKS[parser.parse_known_args()[0].task])
     args = parser.parse_args()
-    sizes = args.batch_size, args.n_hidden, args.n_layer, args.n_embd, args.window, args.horizon, args.length or 2
-    if args.steps < 0 or args.tokens < 0 or min(sizes) < 1:
-        fail("--steps and --tokens must be 0 or more, --batch-size, --n-..., --length, --window, --horizon 1 or more")
-    if not (0 < args.lr < math.inf and 0 <= args.decay < math.inf and args.clip > 0 and 0 <= args.temperature):
-        fail("--lr and --clip must be more than 0, --decay and --temperature 0 or more")
-    if args.speak and args.task != "speech":
-        fail("--speak goes with --task speech")
+    sizes = args.batch_size, args.n_hidden, args.n_layer, args.n_embd, args.window, args.horizon, args.length
+    if min(args.steps, args.tokens, args.seed) < 0 or min(sizes) < 1:
+        fail("--steps, --tokens, --seed must be 0 or more, --batch-size, --length, --window, --horizon, --n-... 1")
+    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and args.clip > 0 and 0 <= args.temperature):
+        fail("--lr and --clip must be more than 0, --weight-decay and --temperature 0 or more")
     args.log_every = max(1, args.steps // 20)
 
     ckpt = args.out / "ckpt.npz"
     saved = read_meta(ckpt, "rnn") if args.resume else None
-    if saved and saved["task"] != asked.task:
+    if saved and saved["task"] != args.task:
         fail(f"{ckpt} was trained for another task, {saved['task']}: repeat the --task of that run")
     kinds = {"text": Text, "series": Series, "speech": Speech, "speak": Speak, "gradients": Gradients}
-    task, net = kinds[asked.task](args, saved), load_twin(args)
-    shape = dict(cell=args.cell, impl=args.impl, n_hidden=args.n_hidden, n_layer=args.n_layer)
-    shape |= dict(optimizer=args.optimizer, weight_decay=args.decay, clip=args.clip)
-    config = net.Config(**shape, **task.config)
+    task, net = kinds[args.task](args, saved), load_twin(args)
+    names = "cell impl n_embd n_hidden n_layer optimizer weight_decay clip".split()
+    config = net.Config(**{name: getattr(args, name) for name in names}, **task.config)
     if saved:
         config = net.Config(**saved["config"] | {"impl": args.impl})  # by hand or built in, the parameters are the same
         if any(getattr(config, name) != task.config[name] for name in ("n_in", "n_out") if name in task.config):
-            fail(f"{ckpt} was trained on other data: repeat the --data of that run")
+            fail(f"{ckpt} was trained on other data: repeat the --data and --horizon of that run")
     trainer = net.Trainer(config, seed=args.seed, device=args.device)
     start = trainer.load(ckpt) if saved else 0
     params = sum(w.size for w in net.get_weights(trainer.model).values())
-    print(f"rnn: {config.cell} {config.impl}, {args.backend} on {args.device}, {params:,} parameters; {task.about} "
-          f"held out; files go to {args.out}", flush=True)
+    print(f"rnn: {config.cell} {config.impl}, {args.backend} on {args.device}, {params:,} parameters; {task.about}; "
+          f"files go to {args.out}", flush=True)
 
     def lr(step):
         return args.lr * min((step + 1) / 30, 1.0) * (1 - step / args.steps)
 
-    extra = {"task": asked.task, **task.extra}
-    speed = fit(trainer, task.batch, lambda: task.evaluate(trainer), lr, args, start, **extra)
+    speed = fit(trainer, task.batch, lambda: task.evaluate(trainer), lr, args, start, task=args.task, **task.extra)
     figures = task.evaluate(trainer, whole=True)
     more, files = task.report(trainer, net)
     files = [str(file) for name in ["ckpt.npz", *files] if (file := args.out / name).exists()]
@@ -787,8 +777,9 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the run without a word, as it does other programs
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+        os._exit(141)

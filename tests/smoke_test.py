@@ -1,4 +1,4 @@
-"""Does every folder run, alone and in both frameworks, and does it learn?  python tests/smoke_test.py [FRAMEWORK] [FOLDER ...]
+"""Does every folder run, alone and in both frameworks, and learn?  python tests/smoke_test.py [torch|mlx] [FOLDER ...]
 
 Copies each folder to an empty place, runs its train.py there for a few seconds, checks a figure against a bound that an
 untrained model misses, and looks at the files that it wrote. Needs the five packages and nothing else.

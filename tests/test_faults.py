@@ -30,6 +30,7 @@ FLAGS = [  # arguments that every folder refuses, and a word of the reason
     (["--batch-size", "0"], "--batch-size"),
     (["--lr", "0"], "--lr"),
     (["--lr", "nan"], "--lr"),
+    (["--seed", "-1"], "--seed"),
     (["--device", "tpu"], "--device tpu"),
     (["--nonsense"], "--nonsense"),
     (["--resume", "--out", "nowhere"], "no checkpoint"),
@@ -59,6 +60,8 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--task", "style", "--tv", "-1"], "--tv"),
         (["--export", "net.onnx"], "--export"),
         (["--export", "net.pt2"], ".mlxfn"),
+        (["--export", "nowhere/net.mlxfn"], "no such folder"),
+        (["--model", "resnet", "--channels", *"444444"], "--channels"),
         (["--task", "style", "--content", "binary"], "binary"),
         (["--task", "style", "--style", "missing.jpg"], "missing.jpg"),
         (["--task", "style", "--size", "32", "--weights", "binary"], "VGG-19"),
@@ -88,11 +91,12 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--init", "half-weights"], "lacks"),
         (["--export-hf", "train.py"], "--export-hf"),
         (["--accumulate", "9"], "--batch-size"),
+        (["--warmup", "0"], "--warmup"),
         (["--chat"], "--task chat"),
         (["--task", "chat", "--data", "short.txt"], "messages"),
         (["--task", "chat", "--data", "silent.jsonl"], "messages"),
         (["--task", "rl"], "--init"),
-        (["--task", "rl", "--init", "out/ckpt.npz"], "alphabet"),
+        (["--task", "rl", "--init", "out/ckpt.npz"], "context of 56"),
         (["--task", "rl", "--init", "out/ckpt.npz", "--group", "3"], "--group"),
     ],
     "transformer": [
@@ -107,6 +111,7 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--task", "clip", "--data", "digits"], "clip has"),
         (["--task", "clip", "--batch-size", "1000"], "--batch-size"),
         (["--data", "numbers"], "classify has"),
+        (["--prompt", "twelve"], "--task translate"),
         (["--data", "mnist"], "train-images"),
         (["--data", "cifar10"], "cifar-10-binary.tar.gz"),
         (["--width", "30"], "--width"),
@@ -127,12 +132,12 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--temperature", "-1"], "--temperature"),
         (["--n-hidden", "0"], "--n-"),
         (["--clip", "0"], "--clip"),
-        (["--speak"], "--task speech"),
         (["--task", "series", "--data", "missing.csv"], "missing.csv"),
         (["--task", "series", "--data", "words.csv"], "no column of numbers"),
         (["--task", "series", "--data", "lines.csv"], "are needed"),
         (["--task", "speech", "--data", "empty"], "two speakers"),
         (["--task", "speech", "--data", "voices"], "no WAV"),
+        (["--length", "0"], "--length"),
         (["--task", "speech", "--held-out", "nobody"], "the speakers are"),
         (["--resume", "--task", "gradients"], "another task"),
     ],
@@ -150,7 +155,7 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--size", "2"], "--size"),
         (["--count", "0"], "--count"),
         (["--batch-size", "100000"], "more than the"),
-        (["--resume", "--task", "denoise"], "another task"),
+        (["--resume", "--task", "denoise"], "repeat them"),
         (["--data", "mnist"], "train-images"),
         (["--data", "cifar10"], "cifar-10-binary.tar.gz"),
     ],
@@ -167,7 +172,8 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--size", "2"], "--size"),
         (["--batch-size", "100000"], "more than the"),
         (["--task", "toy", "--loss", "wgan-gp"], "--task toy"),
-        (["--resume", "--task", "toy"], "another task"),
+        (["--task", "toy", "--data", "mnist"], "--data"),
+        (["--resume", "--task", "toy"], "repeat them"),
         (["--data", "mnist"], "train-images"),
     ],
     "llama": [
@@ -183,6 +189,7 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--sinks", "16"], "--sinks"),
         (["--factor", "0"], "--factor"),
         (["--accumulate", "9"], "--accumulate"),
+        (["--block-size", "0"], "--block-size"),
         (["--lora", "2"], "--init"),
         (["--chat"], "--init"),
         (["--init", "missing"], "missing"),
@@ -204,6 +211,7 @@ OWN = {  # arguments that one folder refuses; FILES are written beforehand
         (["--widths", "9", "8"], "even"),
         (["--fold", "-1"], "--fold"),
         (["--size", "30"], "--size"),
+        (["--data", "cifar10", "--size", "40"], "--size of cifar10"),
         (["--size", "8"], "--size"),
         (["--widths", "8", "8", "8", "8"], "multiple of 16"),
         (["--count", "0"], "--count"),
@@ -329,12 +337,20 @@ def test_full_disk(name, backend, places):
     assert (folder / "out/ckpt.npz").read_bytes() == before and not list(folder.glob("**/*.part"))
 
 
+@pytest.mark.parametrize("name", ["rnn", "gpt", "llama"])
+def test_other_alphabet(name, places):
+    """A text that lacks the letters of the usual beginning: what is written begins with one that it has."""
+    (places(name) / "sea.txt").write_text("\u5927\u6d77\n" * 1000, encoding="utf-8")
+    code, _, err = run(places(name), "mlx", *SHORT[name], "--data", "sea.txt", "--out", "sea")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_closed_pipe(name, places):
     """A reader that goes away, as `| head -1` does, ends the run without a traceback."""
     process = start(places(name), "mlx", *SHORT[name])
     process.stdout.close()
-    assert process.wait() == -signal.SIGPIPE and not process.stderr.read()
+    assert process.wait() == 141 and not process.stderr.read()
 
 
 @pytest.mark.parametrize("name, backend", SOME)

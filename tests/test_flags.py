@@ -9,8 +9,8 @@ from test_faults import SHORT
 TURNED = {  # flags before the |, if any, are in both runs
     "mlp": ["--seed 1", "--activation tanh", "--optimizer sgd", "--lr 0.5"],
     "cnn": ["--seed 1", "--model resnet", "--lr 0.5", "--task style --size 24 | --strength 1"],
-    "rnn": ["--seed 1", "--cell gru", "--n-layer 2", "--n-embd 9", "--optimizer adamw", "--batch-size 5", "--decay 9",
-            "--task series | --horizon 6"],
+    "rnn": ["--seed 1", "--cell gru", "--n-layer 2", "--n-embd 9", "--optimizer adamw", "--batch-size 5",
+            "--weight-decay 9", "--task series | --horizon 6"],
     "gan": ["--seed 1", "--latent 5"],
     "autoencoder": ["--seed 1", "--likelihood gaussian", "--jitter 0.1"],
     "transformer": ["--seed 1", "--norm post", "--n-head 2", "--optimizer adamw"],

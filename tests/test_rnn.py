@@ -306,7 +306,7 @@ def test_tasks(tmp_path):
     assert figures["skill"] > 0.1 and "persistence" in out
     figures, _ = result(folder, "torch", "--task", "speech", "--steps", "40", "--lr", "0.01", "--impl", "builtin")
     assert figures["accuracy"] > 0.6
-    figures, _ = result(folder, "mlx", "--task", "speech", "--speak", "--steps", "4", "--n-hidden", "16")
+    figures, _ = result(folder, "mlx", "--task", "speak", "--steps", "4", "--n-hidden", "16")
     assert str(folder / "out/7.wav") in figures["files"]
     with wave.open(str(folder / "out/7.wav")) as f:
         assert f.getframerate() == 8000 and 1000 < f.getnframes() <= 4096

@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PAD, BOS, EOS = 0, 1, 2
-SETS = {  # how each set of data is learnt by default; the others as a file of pairs
+SETS = {  # how each set of data is learnt by default; a file of pairs as multi30k
     "numbers": dict(steps=580, batch_size=64, lr=0.01, length=40, n_layer=2, width=128, beam=1),
     "multi30k": dict(steps=3600, batch_size=64, lr=0.008, length=64, n_layer=3, width=128, smoothing=0.1, dropout=0.1),
     "digits": dict(steps=400, batch_size=64, lr=0.01, length=1, n_layer=4, width=64, shift=2, flip=False),
@@ -58,8 +58,8 @@ def load_twin(args):
     """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install torch, or pip install 'mlx[cpu]', or the other --backend")
+    except ImportError as error:
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
@@ -127,10 +127,10 @@ def fetch(file, md5, *urls):
     path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for url in urls:
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
                 size = int(answer.headers.get("Content-Length") or 0)
                 while block := answer.read(1 << 18):
@@ -172,7 +172,7 @@ def to_chinese(n):
         digit = n // 10**place % 10
         if digit:
             text += "零" * (gap and text != "") + "零一二三四五六七八九"[digit] + ["", "十", "百", "千"][place % 4]
-        gap = gap and not digit or not digit
+        gap = not digit
         if place % 4 == 0 and n // 10**place % 10**4:
             text, gap = text + ["", "萬", "億"][place // 4], False
     return text.removeprefix("一") if text.startswith("一十") else text or "零"
@@ -270,7 +270,7 @@ def load_pairs(data):
         lines = Path(data).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{data} is no text that can be read ({error}): name numbers, multi30k or a file in UTF-8")
-    pairs = [tuple(line.split("\t")[:2]) for line in lines if line.count("\t")]
+    pairs = [pair for line in lines if len(pair := tuple(line.split("\t")[:2])) == 2 and all(pair)]
     if len(pairs) < 100 or len(pairs) < len(lines) // 2:
         fail(f"{data} must have 100 lines or more, each a sentence, a tab and its translation: it has {len(pairs)}")
     return [pair for i, pair in enumerate(pairs) if i % 20], pairs[::20]
@@ -389,6 +389,10 @@ def load_cifar10():
         fail(f"{path} is damaged ({error}): delete it, and it will be downloaded again")
 
 
+def floats(images):
+    return images.astype(np.float32) / 255
+
+
 def augment(x, shift, flip, rng):
     """Images (B, H, W, C), each moved by up to `shift` pixels, the border repeated, and half of them mirrored."""
     B, H, W, _ = x.shape
@@ -436,13 +440,14 @@ def draw_shape(caption, rng, size=32):
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-PAPER, INK, GREEN, GREY = (250, 250, 247), (60, 60, 60), (44, 160, 44), (150, 150, 150)
+PAPER, INK, GREEN = (250, 250, 247), (60, 60, 60), (44, 160, 44)
 FIGURES = "0 1 2 3 4 5 6 7 8 9 10 100 1000 10^4 10^8".split()  # Pillow's font has no Chinese
 PLAIN = dict(zip("零一二三四五六七八九十百千萬億äöüÄÖÜß", [*FIGURES, *"aouAOU", "ss"]))  # and no umlauts
 
 
 def draw_attention(p, source, target):
     """How much each token of the target (a row) looks at each of the source (a column): p (T, S), darker is more."""
+    source, target = (["".join(PLAIN.get(c, c) for c in word) for word in words] for words in (source, target))
     side, left, top = 34, 110, 110
     image = Image.new("RGB", (left + side * len(source) + 20, top + side * len(target) + 20), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
@@ -452,7 +457,7 @@ def draw_attention(p, source, target):
         label = label.rotate(60, expand=True)
         image.paste(INK, (left + j * side + 8, top - label.height - 2), label)
     for i, word in enumerate(target):
-        draw.text((left - 8, top + (i + 0.5) * side), "".join(PLAIN.get(c, c) for c in word), INK, font, "rm")
+        draw.text((left - 8, top + (i + 0.5) * side), word, INK, font, "rm")
         for j in range(len(source)):
             box = (left + j * side, top + i * side, left + (j + 1) * side - 2, top + (i + 1) * side - 2)
             draw.rectangle(box, tuple((np.array([238, 238, 232]) - p[i, j] * np.array([218, 178, 92])).astype(int)))
@@ -489,14 +494,14 @@ def draw_matches(images, texts, likeness, rows=8, columns=6):
     return image
 
 
-# ---- the tasks: each gives the data's part of Config, batch(step), the arrays to evaluate, and report(trainer) -------
+# ---- the tasks: each gives its part of Config, choose(rng) for a batch, what is held out, report(trainer), a size ----
 
 
 def sentences(args, saved):
-    """Sentences: numbers as drawn at random, or a file's."""
+    """Pairs of sentences: numbers drawn at random, or those of a file."""
     if args.data == "numbers":
-        words = dict.fromkeys([*ONES, *TENS[2:], "hundred", "thousand", "million"])
-        sides = [Symbols(list(words), " "), Symbols(list("零一二三四五六七八九十百千萬億"), "")]
+        words = [*ONES, *TENS[2:], "hundred", "thousand", "million"]
+        sides = [Symbols(words, " "), Symbols(list("零一二三四五六七八九十百千萬億"), "")]
 
         def numbers(rng, n, held):
             """n pairs; of the numbers from a thousand on every tenth, by its hash, is held out."""
@@ -508,8 +513,11 @@ def sentences(args, saved):
             return drawn
 
         test = numbers(np.random.default_rng((args.seed, 3)), 1000, True)
-        choose = lambda rng: numbers(rng, args.batch_size, False)  # noqa: E731
         size = "numbers below a thousand million"
+
+        def choose(rng):
+            return numbers(rng, args.batch_size, False)
+
     else:
         train, test = load_pairs(args.data)
         ranks = saved["ranks"] if saved else None
@@ -556,7 +564,7 @@ def sentences(args, saved):
         return figures
 
     shape = dict(model="seq2seq", src_vocab=sides[0].vocab_size, tgt_vocab=sides[1].vocab_size)
-    return shape, lambda rng: arrays(choose(rng)), arrays(test[:500]), report, size
+    return shape, lambda rng: arrays(choose(rng)), arrays(test), report, size
 
 
 def pictures(args, saved):
@@ -566,7 +574,7 @@ def pictures(args, saved):
         data = [*make_digits(5000, args.seed), *make_digits(1000, args.seed + 1)]
     elif args.data == "cifar10":
         data, names = load_cifar10()
-    elif args.data in ("mnist", "fashion"):
+    elif args.data in IDX:
         data = load_idx(args.data)
         if args.data == "fashion":
             names = "top trousers pullover dress coat sandal shirt trainer bag boot".split()
@@ -577,19 +585,18 @@ def pictures(args, saved):
 
     def choose(rng):
         i = rng.integers(0, len(x_train), args.batch_size)
-        return augment(x_train[i], args.shift, args.flip, rng).astype(np.float32) / 255, y_train[i]
+        return floats(augment(x_train[i], args.shift, args.flip, rng)), y_train[i]
 
     def report(trainer):
-        parts = np.array_split(x_test, len(x_test) // 500)
-        p = np.concatenate([trainer.predict(part.astype(np.float32) / 255) for part in parts])
-        seen = trainer.attention(x_test[:12].astype(np.float32) / 255)[:, :, 0, 1:].mean(1)
+        x = floats(x_test[:12])
+        p, seen = trainer.predict(x), trainer.attention(x)[:, :, 0, 1:].mean(1)
         seen = seen.reshape(12, *(side // trainer.config.patch for side in x_test.shape[1:3]))
-        texts = [f"{names[y]} {100 * q[y]:.0f} %" for q, y in zip(p, p[:12].argmax(1))]
+        texts = [f"{names[y]} {100 * q[y]:.0f} %" for q, y in zip(p, p.argmax(1))]
         draw_patches(x_test[:12], seen, texts).save(args.out / "sample.png")
-        return {"accuracy": float((p.argmax(1) == y_test).mean())}
+        return {}
 
     shape = dict(model="vit", image=list(x_train.shape[1:]), n_out=len(names))
-    return shape, choose, (x_test[:1000].astype(np.float32) / 255, y_test[:1000]), report, f"{len(x_train):,} pictures"
+    return shape, choose, (floats(x_test), y_test), report, f"{len(x_train):,} pictures"
 
 
 def captions(args, saved):
@@ -608,7 +615,7 @@ def captions(args, saved):
         return np.stack([draw_shape(text, rng) for text in texts])
 
     def arrays(texts, rng):
-        return draw(texts, rng).astype(np.float32) / 255, padded([tokens.encode(text) for text in texts])
+        return floats(draw(texts, rng)), padded([tokens.encode(text) for text in texts])
 
     def choose(rng):
         return arrays([CAPTIONS[i] for i in rng.choice(known, args.batch_size, replace=False)], rng)
@@ -616,15 +623,15 @@ def captions(args, saved):
     def report(trainer):
         rng, ids = np.random.default_rng((args.seed, 4)), padded([tokens.encode(text) for text in new])
         images = draw(new * 4, rng)  # four pictures of each
-        a, b = trainer.embed(images.astype(np.float32) / 255, ids)
+        a, b = trainer.embed(floats(images), ids)
         likeness, y = a @ b.T, np.arange(len(new))
         everything = padded([tokens.encode(text) for text in CAPTIONS])
-        among_all = (a @ trainer.embed(images[:1].astype(np.float32) / 255, everything)[1].T).argmax(1)
+        among_all = (a @ trainer.embed(floats(images[:1]), everything)[1].T).argmax(1)
         draw_matches(images, new, likeness).save(args.out / "sample.png")
         return {
             "text_of_image": float((likeness.argmax(1) == np.tile(y, 4)).mean()),
-            "image_of_text": float(np.mean([likeness[k * 64 : (k + 1) * 64].argmax(0) == y for k in range(4)])),
-            "text_among_480": float(np.mean([CAPTIONS[i] == new[j % 64] for j, i in enumerate(among_all)])),
+            "image_of_text": float((likeness.reshape(4, len(new), -1).argmax(1) == y).mean()),
+            "text_among_480": float(np.mean([CAPTIONS[i] == text for i, text in zip(among_all, new * 4)])),
         }
 
     shape = dict(model="clip", image=[32, 32, 3], src_vocab=tokens.vocab_size, n_out=64)
@@ -666,10 +673,13 @@ def main():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.log_every, args.extra, args.warmup = max(1, args.steps // 20), {}, args.warmup or max(1, args.steps // 10)
-    if args.steps < 0 or min(args.batch_size, args.n_layer, args.n_head, args.beam, args.warmup) < 1 or args.merges < 0:
-        fail("--steps and --merges must be 0 or more, --batch-size, --n-layer, --n-head, --beam, --warmup 1 or more")
+    counts = args.batch_size, args.n_layer, args.n_head, args.beam, args.warmup
+    if min(args.steps, args.merges, args.seed) < 0 or min(counts) < 1:
+        fail("--steps, --merges, --seed must be 0 or more, --batch-size, --beam, --warmup and --n-... 1 or more")
     if not (0 < args.lr < math.inf and 0 <= args.dropout < 1 and 0 <= args.smoothing < 1):
         fail("--lr must be more than 0, --dropout and --smoothing a share of 1")
+    if args.prompt is not None and args.task != "translate":
+        fail("--prompt goes with --task translate")
     if args.width < 1 or args.width % (2 * args.n_head):
         fail("--width must be a multiple of twice --n-head")
 
@@ -716,8 +726,9 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the run without a word, as it does other programs
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+        os._exit(141)
