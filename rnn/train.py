@@ -479,10 +479,9 @@ def load_speech(args):
         fail(f"--held-out {args.held_out}: the speakers are {', '.join(sorted(set(speakers)))}")
     sounds = [sound / np.abs(sound).max(initial=1e-6) for sound in sounds]
     names, held = sorted(set(labels)), np.array(speakers) == args.held_out
-    n, who = (sum(~held), sum(held)), args.held_out
-    args.about = f"{args.data or 'drawn voices'}: {n[0]:,} words to train on, {n[1]:,} of {who} held out"
-    y = np.array([names.index(label) for label in labels])
-    return sounds, y, names, np.flatnonzero(~held), np.flatnonzero(held)
+    y, train, val = np.array([names.index(label) for label in labels]), np.flatnonzero(~held), np.flatnonzero(held)
+    about = f"{args.data or 'drawn voices'}: {len(train):,} words to train on, {len(val):,} of {args.held_out} held out"
+    return sounds, y, names, train, val, about
 
 
 class Speech:
@@ -492,13 +491,13 @@ class Speech:
 
     def __init__(self, args, saved):
         self.args, self.mels = args, []
-        sounds, self.y, self.names, self.train, self.val = load_speech(args)
+        sounds, self.y, self.names, self.train, self.val, self.about = load_speech(args)
         for sound in sounds:
             mel = log_mel(sound, self.bands)
             mel = np.maximum(mel, mel.max() - 7)  # 30 dB are heard: the rooms' silence sounds the same for all
             loud = np.flatnonzero(mel.max(1) > mel.max() - 4)
             self.mels.append(mel[loud[0] : loud[-1] + 1])  # from the first loud frame to the last
-        self.config, self.about = dict(n_in=2 * self.bands, n_out=len(self.names), read="last"), args.about
+        self.config = dict(n_in=2 * self.bands, n_out=len(self.names), read="last")
 
     def features(self, number, rng=None):
         """(B, frames, 2 bands): the bands and their slopes in time, flush right after zeros; varied with an rng."""
@@ -548,14 +547,14 @@ class Speak:
 
     def __init__(self, args, saved):
         self.args = args
-        sounds, self.y, self.names, self.train, self.val = load_speech(args)
+        sounds, self.y, self.names, self.train, self.val, self.about = load_speech(args)
         self.codes = np.full((len(sounds), self.samples + 1), 128)
         for row, sound in zip(self.codes, sounds):
             row[1 : len(sound) + 1] = mu_law(sound)[: self.samples]
         self.lengths = np.array([min(len(sound), self.samples) for sound in sounds])
         if args.length > self.lengths.min():
             fail(f"--length {args.length} is more than the shortest utterance has samples, {self.lengths.min()}")
-        self.config, self.about = dict(vocab_size=256, n_in=len(self.names) * self.places, n_out=256), args.about
+        self.config = dict(vocab_size=256, n_in=len(self.names) * self.places, n_out=256)
 
     def beside(self, y, lengths, at):
         """What goes with the samples number `at`, (T,) or (B, T): (B, T, labels places)."""
