@@ -34,7 +34,7 @@ TASKS = {
     "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw"),
     "speech": dict(cell="gru", n_hidden=128, steps=600, batch_size=64, lr=6e-3, optimizer="adamw"),
     "speak": dict(cell="gru", n_hidden=160, steps=800, batch_size=16, lr=0.02, optimizer="muon", length=256,
-                  weight_decay=0.0),
+                  weight_decay=0.0, impl="builtin"),
     "gradients": dict(cell="rnn", n_hidden=64, steps=300, batch_size=64, lr=0.03, optimizer="sgd", length=60),
 }
 RATE = 8000  # samples of sound in a second
