@@ -33,8 +33,8 @@ TASKS = {
     "text": dict(cell="lstm", n_hidden=256, steps=600, batch_size=32, lr=0.03, optimizer="muon"),
     "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw"),
     "speech": dict(cell="gru", n_hidden=128, steps=600, batch_size=64, lr=6e-3, optimizer="adamw"),
-    "speak": dict(cell="gru", n_hidden=160, steps=800, batch_size=16, lr=0.02, optimizer="muon", length=256,
-                  weight_decay=0.0, impl="builtin"),
+    "speak": dict(cell="gru", n_hidden=160, steps=1600, batch_size=16, lr=0.02, optimizer="muon", length=256,
+                  weight_decay=0.0, impl="builtin", temperature=0.6),
     "gradients": dict(cell="rnn", n_hidden=64, steps=300, batch_size=64, lr=0.03, optimizer="sgd", length=60),
 }
 RATE = 8000  # samples of sound in a second
@@ -472,16 +472,15 @@ def log_mel(x, n_mel=24, size=160, hop=128):
 
 
 def load_speech(args):
-    """Sounds with a peak of 1, labels as numbers, their names; which to train on, and which, of one speaker, not."""
+    """Sounds with a peak of 1; labels as numbers; their names; speakers as numbers, -1 for the one who is held out."""
     sounds, labels, speakers = read_speech(args.data) if args.data else make_speech(args.seed)
     args.held_out = args.held_out or max(speakers)
     if args.held_out not in speakers:
         fail(f"--held-out {args.held_out}: the speakers are {', '.join(sorted(set(speakers)))}")
     sounds = [sound / np.abs(sound).max(initial=1e-6) for sound in sounds]
-    names, held = sorted(set(labels)), np.array(speakers) == args.held_out
-    y, train, val = np.array([names.index(label) for label in labels]), np.flatnonzero(~held), np.flatnonzero(held)
-    about = f"{args.data or 'drawn voices'}: {len(train):,} words to train on, {len(val):,} of {args.held_out} held out"
-    return sounds, y, names, train, val, about
+    names, known = sorted(set(labels)), sorted(set(speakers) - {args.held_out})
+    who = np.array([known.index(speaker) if speaker in known else -1 for speaker in speakers])
+    return sounds, np.array([names.index(label) for label in labels]), names, who
 
 
 class Speech:
@@ -491,13 +490,16 @@ class Speech:
 
     def __init__(self, args, saved):
         self.args, self.mels = args, []
-        sounds, self.y, self.names, self.train, self.val, self.about = load_speech(args)
+        sounds, self.y, self.names, who = load_speech(args)
         for sound in sounds:
             mel = log_mel(sound, self.bands)
             mel = np.maximum(mel, mel.max() - 7)  # 30 dB are heard: the rooms' silence sounds the same for all
             loud = np.flatnonzero(mel.max(1) > mel.max() - 4)
             self.mels.append(mel[loud[0] : loud[-1] + 1])  # from the first loud frame to the last
+        self.train, self.val = np.flatnonzero(who >= 0), np.flatnonzero(who < 0)
         self.config = dict(n_in=2 * self.bands, n_out=len(self.names), read="last")
+        n = len(self.train), len(self.val)
+        self.about = f"{args.data or 'drawn voices'}: {n[0]:,} words to train on, {n[1]:,} of {args.held_out} held out"
 
     def features(self, number, rng=None):
         """(B, frames, 2 bands): the bands and their slopes in time, flush right after zeros; varied with an rng."""
@@ -537,45 +539,54 @@ class Speech:
 
 
 class Speak:
-    """Sound, sample by sample: the next of 256 mu-law codes from all before it, the word, and the place in the word.
+    """Sound, sample by sample: the next of 256 mu-law codes from all before it, the word, the place in it, the voice.
 
     The place is a row of `places` overlapping bells along the word, so that the network learns what each word sounds
-    like where. A batch's rows are stretches of `length` samples from anywhere in a word.
+    like where. Told whose voice it is, it keeps to one pitch. A batch's rows are stretches of `length` samples from
+    anywhere in a word.
     """
 
     extra, places, samples = {}, 12, 4096
 
     def __init__(self, args, saved):
         self.args = args
-        sounds, self.y, self.names, self.train, self.val, self.about = load_speech(args)
+        sounds, self.y, self.names, self.who = load_speech(args)
         self.codes = np.full((len(sounds), self.samples + 1), 128)
         for row, sound in zip(self.codes, sounds):
             row[1 : len(sound) + 1] = mu_law(sound)[: self.samples]
         self.lengths = np.array([min(len(sound), self.samples) for sound in sounds])
         if args.length > self.lengths.min():
             fail(f"--length {args.length} is more than the shortest utterance has samples, {self.lengths.min()}")
-        self.config = dict(vocab_size=256, n_in=len(self.names) * self.places, n_out=256)
+        self.train, self.val = np.flatnonzero(self.who >= 0), np.flatnonzero(self.who < 0)
+        self.voices = np.unique(self.who[self.train])
+        self.config = dict(vocab_size=256, n_in=len(self.names) * self.places + len(self.voices), n_out=256)
+        n = len(self.train), len(self.val)
+        self.about = f"{args.data or 'drawn voices'}: {n[0]:,} words to train on, {n[1]:,} of {args.held_out} held out"
 
-    def beside(self, y, lengths, at):
-        """What goes with the samples number `at`, (T,) or (B, T): (B, T, labels places)."""
+    def beside(self, y, who, lengths, at):
+        """What goes with the samples number `at`, (T,) or (B, T): (B, T, labels places + voices)."""
         place = at / lengths[:, None] * (self.places - 1)  # (B, T)
         bells = (1 - np.abs(place[..., None] - np.arange(self.places))).clip(0)  # 0 after the end
         onehot = np.eye(len(self.names))[y]
-        return (bells[:, :, None] * onehot[:, None, :, None]).reshape(*place.shape, -1).astype(np.float32)
+        word = (bells[:, :, None] * onehot[:, None, :, None]).reshape(*place.shape, -1)
+        voice = np.broadcast_to((who[:, None] == self.voices)[:, None], (*place.shape, len(self.voices)))
+        return np.concatenate([word, voice], -1).astype(np.float32)
 
     def batch(self, step):
         T, B, rng = self.args.length, self.args.batch_size, np.random.default_rng((self.args.seed, step, 1))
         number = rng.choice(self.train, B)
         begin = rng.uniform(-T, self.lengths[number] - T).clip(0).astype(int)  # often the beginning
         at = begin[:, None] + np.arange(T + 1)
-        x, beside = self.codes[number[:, None], at], self.beside(self.y[number], self.lengths[number], at[:, :-1])
+        who = np.where(rng.random(B) < 0.1, -1, self.who[number])  # sometimes not told, as of a voice held out
+        x, beside = self.codes[number[:, None], at], self.beside(self.y[number], who, self.lengths[number], at[:, :-1])
         return x[:, :-1], x[:, 1:], np.zeros(B, np.float32), beside
 
     def evaluate(self, trainer, whole=False):
         some, total = self.val if whole else self.val[:: math.ceil(len(self.val) / 20)], 0.0
         n = self.lengths[self.val].min()  # of each word as many samples as the shortest has
         for part in np.array_split(some, math.ceil(len(some) / 50)):
-            x, beside = self.codes[part, : n + 1], self.beside(self.y[part], self.lengths[part], np.arange(n))
+            beside = self.beside(self.y[part], self.who[part], self.lengths[part], np.arange(n))
+            x = self.codes[part, : n + 1]
             total += float(trainer.evaluate(x[:, :-1], x[:, 1:], beside)["val_loss"]) * len(part)
         return {"val_loss": total / len(some)}
 
@@ -583,14 +594,14 @@ class Speak:
         y = np.arange(len(self.names))
         lengths = np.array([int(self.lengths[self.y == i].mean()) for i in y])
         n = lengths.max()
-        beside = self.beside(y, lengths, np.arange(n))
+        beside = self.beside(y, 0 * y, lengths, np.arange(n))  # in the first voice
         codes = trainer.generate(np.full((len(y), 1), 128), n, self.args.temperature, self.args.seed, beside)
         made = from_mu_law(np.stack(list(codes), 1))
         files, rows = [], []
         for i, name in enumerate(self.names):
             files.append(f"{name}.wav")
             write_wav(self.args.out / files[-1], made[i, : lengths[i]])
-            first = self.val[self.y[self.val] == i][:1]
+            first = np.flatnonzero((self.y == i) & (self.who == 0))[:1]
             rows.append([made[i, : lengths[i]], *(from_mu_law(self.codes[j, 1 : self.lengths[j]]) for j in first)])
         draw_spectrograms(rows[:10], self.names).save(self.args.out / "sample.png", optimize=True)
         return {}, ["sample.png", *files]
