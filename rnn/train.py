@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 TASKS = {
     "text": dict(cell="lstm", n_hidden=256, steps=600, batch_size=32, lr=0.03, optimizer="muon"),
     "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw"),
-    "speech": dict(cell="gru", n_hidden=128, steps=600, batch_size=64, lr=6e-3, optimizer="adamw"),
+    "speech": dict(cell="gru", n_hidden=128, steps=1000, batch_size=64, lr=6e-3, optimizer="adamw"),
     "speak": dict(cell="gru", n_hidden=160, steps=1600, batch_size=16, lr=0.02, optimizer="muon", length=256,
                   weight_decay=0.0, impl="builtin", temperature=0.6),
     "gradients": dict(cell="rnn", n_hidden=64, steps=300, batch_size=64, lr=0.03, optimizer="sgd", length=60),
@@ -464,11 +464,16 @@ def mel_filters(n_mel, size):
     return np.minimum((bins - f[:-2]) / (f[1:-1] - f[:-2]), (f[2:] - bins) / (f[2:] - f[1:-1])).clip(0)
 
 
-def log_mel(x, n_mel=24, size=160, hop=128):
+def log_mel(x, n_mel, size=160, hop=128):
     """log of the power in mel bands, (frames, n_mel): 20 ms under a Hann window, every 16 ms."""
     x = np.pad(x, (0, max(0, size - len(x))))
     frames = np.lib.stride_tricks.sliding_window_view(x, size)[::hop] * np.hanning(size + 1)[:-1]
     return np.log(np.abs(np.fft.rfft(frames)) ** 2 @ mel_filters(n_mel, size) + 1e-5)
+
+
+def stretch(frames, n):
+    """n frames in place of those there are: at even distances, some left out or some repeated."""
+    return frames[np.arange(n) * len(frames) // n]
 
 
 def load_speech(args):
@@ -486,36 +491,49 @@ def load_speech(args):
 class Speech:
     """Which word is spoken: log-mel frames, one answer after the last. One speaker is held out."""
 
-    extra, frames, bands = {}, 50, 24
+    extra, frames, bands = {}, 70, 12
 
     def __init__(self, args, saved):
         self.args, self.mels = args, []
-        sounds, self.y, self.names, who = load_speech(args)
+        sounds, self.y, self.names, self.who = load_speech(args)
         for sound in sounds:
             mel = log_mel(sound, self.bands)
-            mel = np.maximum(mel, mel.max() - 7)  # 30 dB are heard: the rooms' silence sounds the same for all
             loud = np.flatnonzero(mel.max(1) > mel.max() - 4)
-            self.mels.append(mel[loud[0] : loud[-1] + 1])  # from the first loud frame to the last
-        self.train, self.val = np.flatnonzero(who >= 0), np.flatnonzero(who < 0)
-        self.config = dict(n_in=2 * self.bands, n_out=len(self.names), read="last")
+            mel = mel[loud[0] : loud[-1] + 1]  # from the first loud frame to the last
+            self.mels.append(stretch(mel, max(2, len(mel))))
+        self.train, self.val = np.flatnonzero(self.who >= 0), np.flatnonzero(self.who < 0)
+        self.config = dict(n_in=3 * self.bands, n_out=len(self.names), read="last")
         n = len(self.train), len(self.val)
         self.about = f"{args.data or 'drawn voices'}: {n[0]:,} words to train on, {n[1]:,} of {args.held_out} held out"
 
+    def vary(self, i, rng):
+        """Word i as another voice might say it elsewhere, for a few voices have to stand for many."""
+        pace, tract = rng.uniform(0.6, 1.6), rng.uniform(0.82, 1.22)  # a longer tract moves all formants down
+        mel = stretch(self.mels[i], max(2, round(len(self.mels[i]) / pace)))
+        at = (np.arange(self.bands) * tract).clip(0, self.bands - 1)
+        low = at.astype(int).clip(max=self.bands - 2)
+        mel = mel[:, low] * (low + 1 - at) + mel[:, low + 1] * (at - low)
+        band = (np.arange(self.bands) + 0.5) / self.bands
+        mel = mel + sum(rng.normal() / k * np.cos(np.pi * k * band) for k in range(1, 5))  # a microphone's curve
+        floor = rng.uniform(5, 11)  # what is quieter drowns in noise
+        mel = np.logaddexp(mel, mel.max() - floor)
+        alike = np.flatnonzero((self.y == self.y[i]) & (self.who != self.who[i]) & (self.who >= 0))
+        if len(alike) and rng.random() < 0.7:  # some way towards another who says the word, past them, or away
+            other = stretch(self.mels[rng.choice(alike)], len(mel))
+            other = np.logaddexp(other, other.max() - floor)
+            mel = mel + rng.uniform(-0.5, 1.5) * (other - other.mean(0) - mel + mel.mean(0))
+        return mel
+
     def features(self, number, rng=None):
-        """(B, frames, 2 bands): the bands and their slopes in time, flush right after zeros; varied with an rng."""
-        x = np.zeros((len(number), self.frames, 2 * self.bands), np.float32)
+        """(B, frames, 3 bands), flush right after zeros: less each band's mean, less one mean, and slopes in time."""
+        x = np.zeros((len(number), self.frames, 3 * self.bands), np.float32)
         for row, i in zip(x, number):
             mel = self.mels[i]
-            if rng is not None:  # another pace, another length of the vocal tract, another noise
-                pace, tract = rng.uniform(0.75, 1.3), rng.uniform(0.82, 1.22)
-                mel = mel[(np.arange(max(2, int(len(mel) / pace))) * pace).astype(int).clip(max=len(mel) - 1)]
-                at = (np.arange(self.bands) * tract).clip(0, self.bands - 1)
-                low = at.astype(int).clip(max=self.bands - 2)
-                mel = mel[:, low] * (low + 1 - at) + mel[:, low + 1] * (at - low)
-                mel = np.logaddexp(mel, mel.max() - rng.uniform(4, 12) + rng.normal(0, 0.2, mel.shape))
-            mel = np.concatenate([mel, mel[-1:]]) if len(mel) < 2 else mel
-            mel = (mel - mel.mean(0)) / (mel.std() + 1e-6)  # no microphone, no loudness
-            mel = np.concatenate([mel, 2 * np.gradient(mel, axis=0)], 1)[-self.frames :]
+            mel = np.logaddexp(mel, mel.max() - 7) if rng is None else self.vary(i, rng)  # 30 dB are heard
+            parts = [mel - mel.mean(0), mel - mel.mean(), 2 * np.gradient(mel, axis=0)]
+            if rng is not None:
+                parts = [part * (rng.random() > 0.3) for part in parts]  # so that none is relied on alone
+            mel = (np.concatenate(parts, 1) / (mel.std() + 1e-6))[-self.frames :]
             row[self.frames - len(mel) :] = mel
         return x
 
