@@ -10,6 +10,7 @@ Attention: every position t gathers from the positions s <= t, in n_head ways at
 Radford et al. 2019, "Language models are unsupervised multitask learners". Names as in the released weights.
 """
 
+import atexit
 import json
 import math
 import os
@@ -300,6 +301,7 @@ def join():
     """(rank, size): which of how many processes this is; (0, 1) unless torchrun started it."""
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)  # else its threads may abort the process as it ends
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

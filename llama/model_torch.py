@@ -17,6 +17,7 @@ et al. 2023 (GQA); Shazeer 2020 (SwiGLU); Hu et al. 2021 (LoRA); Xiao et al. 202
 released weights, but q, k and v are one matrix, and so are gate and up: one product in place of several.
 """
 
+import atexit
 import json
 import math
 import os
@@ -429,6 +430,7 @@ def join():
     """(rank, size): which of how many processes this is; (0, 1) unless torchrun started it."""
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)  # else its threads may abort the process as it ends
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
