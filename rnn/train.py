@@ -10,46 +10,83 @@ Tasks: text (write on, character by character), series (forecast many variables)
 """
 
 import argparse
-import csv
-import hashlib
 import importlib
 import json
 import math
 import os
 import platform
-import pydoc_data.topics
+import shutil
 import signal
 import sys
 import time
-import wave
-from http.client import HTTPException
 from pathlib import Path
-from urllib.request import urlopen
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C ends the program at once
+try:
+    from data import TASKS, claim, fail, parse, record, within
+except ImportError as error:
+    sys.exit(print(f"train.py: {error}: pip install numpy pillow", file=sys.stderr) or 2)
 
-TASKS = {
+MODEL = "rnn"
+DEFAULTS = {  # of the flags, task by task
     "text": dict(cell="lstm", n_hidden=256, steps=600, batch_size=32, lr=0.03, optimizer="muon"),
     "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw"),
     "speech": dict(cell="gru", n_hidden=128, steps=1000, batch_size=64, lr=6e-3, optimizer="adamw"),
     "speak": dict(cell="gru", n_hidden=160, steps=1600, batch_size=16, lr=0.02, optimizer="muon", length=256,
                   weight_decay=0.0, impl="builtin", temperature=0.6),
     "gradients": dict(cell="rnn", n_hidden=64, steps=300, batch_size=64, lr=0.03, optimizer="sgd", length=60),
-}
-RATE = 8000  # samples of sound in a second
-
-# ---- helpers that every folder has, the same to the letter -----------------------------------------------------------
+}  # fmt: skip
 
 
-def fail(message):
-    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
-    print(f"train.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def read_args():
+    """The command line; and with --resume what the checkpoint remembers, else None."""
+    apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
+    add = parser.add_argument_group("kept in the checkpoint; --resume refuses others").add_argument
+    fixed = [
+        add("--task", choices=TASKS, default="text", help="what there is to learn"),
+        add("--data", help="tinyshakespeare or a text; a CSV; a folder of WAV files (without: embedded data)"),
+        add("--held-out", help="the speaker not to train on (without: the last by name)"),
+        add("--cell", choices=["rnn", "lstm", "gru"], help="the recurrence"),
+        add("--n-hidden", type=within("[1, 65536]", int), help="width of the state"),
+        add("--n-layer", type=within("[1, 1000]", int), default=1, help="cells, one above the other"),
+        add("--n-embd", type=within("[1, 65536]", int), default=64, help="width of the embedding of a token"),
+        add("--window", type=within("[1, inf)", int), default=72, help="series: how many times the network sees"),
+        add("--horizon", type=within("[1, inf)", int), default=24, help="series: and how many it forecasts"),
+        add("--optimizer", choices=["muon", "adamw", "sgd"], help="muon: of the cells' matrices, adamw of the rest"),
+    ]
+    add = parser.add_argument_group("kept too; --resume takes others").add_argument
+    kept = [
+        add("--impl", choices=["by-hand", "builtin"], default="by-hand", help="the cells' equations, or the library's"),
+        add("--length", type=within("[1, inf)", int), default=64, help="steps that the gradient goes back in time"),
+        add("--steps", type=within("[0, inf)", int), help="0: only evaluate and report"),
+        add("--batch-size", type=within("[1, 65536]", int), help="rows of a step"),
+        add("--lr", type=within("(0, inf)"), help="the highest rate; it falls to 0 linearly"),
+        add("--weight-decay", type=within("[0, inf)"), default=0.1, help="of the matrices"),
+        add("--clip", type=within("(0, inf]"), default=1.0, help="the largest norm of a gradient; inf: any"),
+        add("--seed", type=within("[0, 4294967295]", int), default=0, help="of weights, batches, samples"),
+    ]
+    add = parser.add_argument_group("of this run alone").add_argument
+    add("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch", help="the framework")
+    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (without: the best there is)")
+    add("--out", type=Path, help="the folder for what the run writes")
+    add("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
+    add("--prompt", help="text: what to go on with")
+    add("--tokens", type=within("[0, inf)", int), default=500, help="text: how many characters to write")
+    add("--temperature", type=within("[0, inf)"), default=0.7, help="0: always the likeliest")
+    return parse(parser, MODEL, fixed, kept, lambda asked: DEFAULTS[asked.task])
+
+
+def rate(step, args):
+    """The learning rate: up in 30 steps, then down to 0, linearly."""
+    return args.lr * min((step + 1) / 30, 1.0) * (1 - step / args.steps)
+
+
+# ---- the same to the letter in every folder --------------------------------------------------------------------------
 
 
 def load_twin(args):
-    """The module model_torch or model_mlx; args.device becomes the device that it will use, args.out is made."""
+    """The module model_torch or model_mlx; args.device becomes the device that it uses, args.rank this process's."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
     except ImportError as error:
@@ -57,757 +94,103 @@ def load_twin(args):
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
         fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {args.out} can't be made a folder ({error.strerror}): name another")
+    args.rank, args.world = net.join() if hasattr(net, "join") else (0, 1)
+    if args.rank:  # one of several processes speaks and saves
+        sys.stdout = open(os.devnull, "w")
     return net
 
 
-def read_meta(path, model):
-    """What Trainer.save wrote beside the arrays: config, step and more. Reads the whole file, so damage shows here."""
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            meta = json.loads(str({name: f[name] for name in f.files}["meta"]))
-            found = meta["model"]
-    except FileNotFoundError:
-        fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
-    except Exception as error:
-        fail(f"{path} is no checkpoint or a damaged one ({error}): train anew without --resume, or into another --out")
-    if found != model:
-        fail(f"{path} holds a model of {found}/, not of {model}/: name another folder with --out")
-    return meta
+def fit(trainer, task, args, start, memory):
+    """Train from step `start` to args.steps; twenty times on the way evaluate, save and print a line.
 
-
-def fit(trainer, batch, evaluate, lr, args, start, **extra):
-    """Train from step `start` to args.steps; a log line and a checkpoint every args.log_every steps.
-
-    batch(step) gives one step's arrays, lr(step) its rate, evaluate() the figures on data held out; `extra` is kept in
-    the checkpoint. Ctrl-C ends the step at hand, saves and exits with 130. Returns the steps taken in a second.
+    Ctrl-C ends the step at hand, saves and exits with 130; a second one does not wait. Returns the steps a second.
     """
-    ckpt, interrupted = args.out / "ckpt.npz", []
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    ckpt, interrupted, every = args.out / "ckpt.npz", [], max(1, args.steps // 20)
+
+    def interrupt(*_):
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(True)
+
+    signal.signal(signal.SIGINT, interrupt)
     pending, busy, speed, shown = [], 0.0, 0.0, time.perf_counter()
     for step in range(start, args.steps):
-        pending.append(trainer.step(*batch(step), lr=lr(step)))
+        pending.append(trainer.step(*task.batch(step), lr=rate(step, args)))
         done, waited = step + 1, time.perf_counter() - shown
-        if not interrupted and done < args.steps and (done % args.log_every or waited < 0.5):
+        if not interrupted and done < args.steps and (done % every or waited < 0.5):
             continue
-        values = [{name: float(value) for name, value in metrics.items()} for metrics in pending]
+        values = [{name: float(x) for name, x in metrics.items()} for metrics in pending]
         busy += time.perf_counter() - shown
-        figures = evaluate()
-        for at, metrics in enumerate([*values, figures], done - len(values)):
+        values.append({name: float(x) for name, x in task.evaluate(trainer).items()})
+        for at, metrics in enumerate(values, done - len(pending)):
             if not all(map(math.isfinite, metrics.values())):
-                fail(f"the loss is no longer finite at step {min(at, step)}: lower --lr; an earlier {ckpt} is kept")
+                why = "lower --lr" if at > start else "look for NaN or huge numbers in the data and the weights"
+                fail(f"the loss is not finite at step {min(at, step)}: {why}{f'; {ckpt} is kept' * ckpt.exists()}")
+        if (first := not speed and not args.resume) and ckpt.exists():
+            shutil.copy2(ckpt, args.out / "ckpt.old.npz")
         try:
-            trainer.save(ckpt, done, **extra)
+            trainer.save(ckpt, done, **memory)
         except OSError as error:
             Path(f"{ckpt}.part").unlink(missing_ok=True)
             fail(f"{ckpt} could not be written ({error.strerror}): make room there; an earlier one is kept")
-        speed = (done - start) / busy
-        line = "  ".join(f"{name} {value:.4f}" for name, value in {**values[-1], **figures}.items())
-        left = (args.steps - done) / speed
+        speed, left = (done - start) / busy, (args.steps - done) * busy / (done - start)
+        figures = {**values[-2], **values[-1]}
+        line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         print(f"step {done:>6}/{args.steps}  {line}  {speed:.1f} steps/s  {left:.0f} s left", flush=True)
+        if not args.rank:
+            record(args.out, {"step": done, **figures, "steps_per_s": round(speed, 2)}, first)
         pending, shown = [], time.perf_counter()
-        if interrupted and done < args.steps:
+        if interrupted:
             print(f"stopped: the same command with --resume goes on from step {done}", flush=True)
-            raise SystemExit(130)
+            raise KeyboardInterrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return speed
 
 
-def fetch(file, md5, *urls):
-    """The path of a public file: $DATA_DIR/file, or data/file beside this script; downloaded once if not there."""
-    path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
-    if path.exists():
-        return path
-    part = path.with_name(path.name + ".part")
-    for url in urls:
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
-                size = int(answer.headers.get("Content-Length") or 0)
-                while block := answer.read(1 << 18):
-                    f.write(block)
-                    print(f"\r{url}  {f.tell() / 1e6:.1f} of {size / 1e6:.1f} MB", end="", file=sys.stderr)
-            print(file=sys.stderr)
-            if hashlib.md5(part.read_bytes()).hexdigest() != md5:
-                raise OSError("the file is not the expected one (MD5 differs)")
-            return part.replace(path)
-        except (OSError, HTTPException) as error:
-            part.unlink(missing_ok=True)
-            print(f"{url}: {error}", file=sys.stderr)
-    fail(f"{file} could not be downloaded: put it at {path}, or set DATA_DIR to the folder that has it")
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def load_text(name):
-    """The text of a public set, of a file, or, for no name, of Python's manual: no rulers, and each paragraph once."""
-    if not name:
-        lines = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())).split("\n")
-        paragraphs = "\n".join(line for line in lines if not line or set(line) - set("*=-~^")).split("\n\n")
-        return "\n\n".join(dict.fromkeys(paragraphs))
-    if name == "tinyshakespeare":
-        home = "karpathy/char-rnn@master/data/tinyshakespeare/input.txt"
-        raw = f"https://raw.githubusercontent.com/{home.replace('@', '/')}"
-        name = fetch("tinyshakespeare.txt", "6fb458f1232090904fb40fe944165e91", raw, f"https://cdn.jsdelivr.net/gh/{home}")
-    try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{name} is no text that can be read ({error}): name a file in UTF-8, or tinyshakespeare")
-    if not text or "\0" in text:
-        fail(f"{name} is empty or binary: name a text file in UTF-8, or tinyshakespeare")
-    return text
-
-
-class Characters:
-    """A character is a token; its number is its place in the alphabet."""
-
-    def __init__(self, alphabet):
-        self.alphabet, self.vocab_size = alphabet, len(alphabet)
-        self.codes = np.array([ord(c) for c in alphabet])
-
-    def encode(self, text):
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
-        if unknown := set(codes[self.codes[ids] != codes].tolist()):
-            fail(f"the model's alphabet lacks {', '.join(repr(chr(c)) for c in sorted(unknown)[:5])}: leave it out")
-        return ids.astype(np.int64)
-
-    def decode(self, token):
-        return self.alphabet[token].encode()
-
-
-class Text:
-    """Characters, each predicted from all before it. Rows of a batch are streams that go on from step to step."""
-
-    def __init__(self, args, saved):
-        text, self.args, T = load_text(args.data), args, args.length
-        self.extra = {"alphabet": saved["alphabet"] if saved else "".join(sorted(set(text)))}
-        self.tokenizer = Characters(self.extra["alphabet"])
-        ids, V = self.tokenizer.encode(text), self.tokenizer.vocab_size
-        self.train, self.val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]  # the last tenth is held out
-        if len(self.train) // args.batch_size <= T or len(self.val) <= T:
-            need = 10 * max(T + 1, args.batch_size * (T + 1) // 9 + 1)
-            fail(f"{len(ids)} characters are too few for --batch-size {args.batch_size} and --length {T}: have {need}")
-        if args.prompt is None:
-            args.prompt = "The " if set("The ") <= set(self.extra["alphabet"]) else self.extra["alphabet"][0]
-        if not args.prompt:
-            fail("--prompt must have a character or more")
-        self.prompt = self.tokenizer.encode(args.prompt)[None]
-        self.config = dict(vocab_size=V, n_out=V)
-        n = len(self.train), len(self.val)
-        self.about = f"{args.data or 'manual of Python'}: {n[0]:,} characters to train on, {n[1]:,} held out"
-
-    def batch(self, step):
-        B, T = self.args.batch_size, self.args.length
-        stream = len(self.train) // B
-        epoch, part = divmod(step, (stream - 1) // T)
-        shift = np.random.default_rng((self.args.seed, epoch, 1)).integers(0, len(self.train))
-        at = shift + np.arange(B)[:, None] * stream + part * T + np.arange(T + 1)
-        x = self.train[at % len(self.train)]  # (B, T + 1)
-        return x[:, :-1], x[:, 1:], np.full(B, part > 0, np.float32)
-
-    def evaluate(self, trainer, whole=False):
-        rows = min(64 if whole else 16, len(self.val) // (self.args.length + 1))
-        T = len(self.val) // rows - 1 if whole else min(512, len(self.val) // rows - 1)
-        x = self.val[np.arange(rows)[:, None] * (len(self.val) // rows) + np.arange(T + 1)]
-        return {name: float(value) for name, value in trainer.evaluate(x[:, :-1], x[:, 1:]).items()}
-
-    def report(self, trainer, net):
-        args, text, began = self.args, [self.args.prompt], time.perf_counter()
-        print(f"\n{args.prompt}", end="", flush=True)
-        for token in trainer.generate(self.prompt, args.tokens, args.temperature, args.seed):
-            text.append(self.tokenizer.decode(int(token[0])).decode())
-            print(text[-1], end="", flush=True)
-        print("\n")
-        (args.out / "sample.txt").write_text("".join(text), encoding="utf-8")
-        return {"written_per_s": round(args.tokens / (time.perf_counter() - began), 1)}, ["sample.txt"]
-
-
-# ---- series ----------------------------------------------------------------------------------------------------------
-
-
-def make_weather(seed):
-    """Generated hourly weather of two years: the names of the variables, and (N, 5).
-
-    The year and the day are cosines. Fronts come every few days: pressure falls for about a day before one and rises
-    faster after it; clouds, wind and moisture gather before it, and it leaves colder air behind, which warms slowly.
-    Clouds halve the daily cycle. What is left is noise with a memory of some hours.
-    """
-    rng, N = np.random.default_rng((seed, 5)), 730 * 24
-    hour = np.arange(N)
-
-    def noise(memory, size):  # an autoregression: correlated over `memory` hours, of standard deviation `size`
-        keep, x = math.exp(-1 / memory), rng.normal(0, size, N)
-        for i in range(1, N):
-            x[i] = keep * x[i - 1] + math.sqrt(1 - keep**2) * x[i]
-        return x
-
-    front, cold = np.zeros(N), np.zeros(N)
-    for at in np.cumsum(rng.gamma(6, 18, N // 100)).astype(int):
-        if at < N:
-            strength, ago = rng.gamma(3, 1 / 3), hour - at
-            front += strength * np.exp(-np.where(ago < 0, -ago / 18, ago / 9))
-            cold += strength * np.where(ago < 0, 0, np.exp(-np.maximum(ago, 0) / 40))
-    year, day = -np.cos(2 * np.pi * (hour / 24 - 15) / 365), -np.cos(2 * np.pi * (hour - 3) / 24)
-    cloud = 100 / (1 + np.exp(1.2 - 2.5 * front - noise(9, 0.8)))
-    temperature = 10 + 9 * year + (4.5 + 1.5 * year) * (1 - cloud / 200) * day - 5 * cold + noise(30, 1.2)
-    pressure = 1018 - 14 * front + noise(60, 3)
-    humidity = (72 - 12 * day * (1 - cloud / 200) + 14 * front - 6 * year + noise(8, 4)).clip(15, 100)
-    wind = (3 + 5 * front + 0.8 * day + noise(5, 1)).clip(0, None)
-    names = "temperature pressure humidity wind cloud".split()
-    return names, np.stack([temperature, pressure, humidity, wind, cloud], 1)
-
-
-GAPS = {"", "na", "nan", "n/a", "null", "none", "?", "-"}
-
-
-def read_table(path):
-    """The numeric columns of a CSV with a header: names, (N, V). Others are named and left out, gaps filled forward."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            header, *rows = [row for row in csv.reader(f) if row]
-    except (OSError, ValueError, csv.Error) as error:
-        fail(f"{path} is no CSV that can be read ({error}): name one in UTF-8, with a header")
-    names, columns, left_out, gaps = [], [], [], 0
-    for i, name in enumerate(header):
-        cells = [row[i].strip() if i < len(row) else "" for row in rows]
-        try:
-            column = np.array([math.nan if cell.lower() in GAPS else float(cell) for cell in cells])
-        except ValueError:
-            column = np.full(len(cells), math.nan)
-        there = np.isfinite(column)
-        if not there.any() or np.ptp(column[there]) == 0:  # no numbers, or one number throughout
-            left_out.append(name)
-            continue
-        gaps += (~there).sum()
-        last = np.maximum.accumulate(np.where(there, np.arange(len(column)), there.argmax()))
-        names.append(name)
-        columns.append(column[last])
-    if not names:
-        fail(f"{path} has no column of numbers: a header, then a line for each time")
-    print(f"{path}: {', '.join(names)}; left out: {', '.join(left_out) or 'none'}; gaps filled forward: {gaps}")
-    return names, np.stack(columns, 1)
-
-
-class Series:
-    """The next `horizon` values of all variables from the last `window`. Split by time: the last fifth is held out."""
-
-    extra = {}
-
-    def __init__(self, args, saved):
-        names, table = read_table(args.data) if args.data else make_weather(args.seed)
-        self.args, self.names, W, H = args, names, args.window, args.horizon
-        self.cut, need = len(table) * 4 // 5, 5 * (W + 2 * H)
-        if len(table) < need:
-            fail(f"{len(table)} lines are too few for --window {W} and --horizon {H}: {need} are needed")
-        train = table[: self.cut]
-        self.mean, self.std = train.mean(0), train.std(0) + 1e-8
-        self.table = ((table - self.mean) / self.std).astype(np.float32)
-        # the seasonal forecast repeats what was one season ago: the lag that errs least in the training part
-        past = self.table[: self.cut]
-        lags = range(H, max(H, min(400, self.cut // 2)) + 1)
-        self.season = min(lags, key=lambda lag: np.square(past[lag:] - past[:-lag]).mean())
-        self.starts = np.arange(self.cut, len(table) - H + 1)  # of what is to be forecast
-        self.config = dict(n_in=len(names), n_out=H * len(names), read="last", loss="mse")
-        n = self.cut, len(table) - self.cut
-        self.about = f"{args.data or 'generated weather'}: {n[0]:,} times to train on, {n[1]:,} held out"
-
-    def windows(self, at):
-        """What was known at the times `at`, (B, window, V), and what came, (B, horizon V)."""
-        x = self.table[at[:, None] + np.arange(-self.args.window, 0)]
-        return x, self.table[at[:, None] + np.arange(self.args.horizon)].reshape(len(at), -1)
-
-    def batch(self, step):
-        last = self.cut - self.args.horizon + 1
-        rng = np.random.default_rng((self.args.seed, step, 1))
-        return self.windows(rng.integers(self.args.window, last, self.args.batch_size))
-
-    def evaluate(self, trainer, whole=False):
-        starts = self.starts if whole else self.starts[:: math.ceil(len(self.starts) / 256)]
-        total = 0.0
-        for part in np.array_split(starts, math.ceil(len(starts) / 256)):
-            total += float(trainer.evaluate(*self.windows(part))["val_loss"]) * len(part)
-        return {"val_loss": total / len(starts)}
-
-    def forecasts(self, trainer):
-        """{"network", "persistence", "seasonal"}: (N, horizon, V), and the truth, in units of the training part."""
-        H, V, at = self.args.horizon, len(self.names), self.starts
-        parts = np.array_split(at, math.ceil(len(at) / 256))
-        ours = np.concatenate([trainer.predict(self.windows(part)[0]) for part in parts]).reshape(-1, H, V)
-        ahead = at[:, None] + np.arange(H)
-        answers = {"network": ours, "persistence": self.table[at - 1][:, None].repeat(H, 1)}
-        return answers | {"seasonal": self.table[ahead - self.season]}, self.table[ahead]
-
-    def report(self, trainer, net):
-        answers, truth = self.forecasts(trainer)
-        rmse = {name: np.sqrt(np.square(answer - truth).mean((0, 1))) for name, answer in answers.items()}
-        print(f"\nroot mean square error over {self.args.horizon} steps ahead; a season is {self.season} steps")
-        print(f"{'':16}" + "".join(f"{name:>13}" for name in rmse))
-        for v, name in enumerate(self.names):
-            print(f"{name[:16]:16}" + "".join(f"{error[v] * self.std[v]:13.3f}" for error in rmse.values()))
-        mean = {name: float(error.mean()) for name, error in rmse.items()}
-        print(f"{'mean / std':16}" + "".join(f"{error:13.3f}" for error in mean.values()) + "\n")
-        H, panels, answers["truth"] = self.args.horizon, [], truth
-        n = min(len(truth) // H, max(1, 240 // H))  # forecasts, end to end
-        for v, name in enumerate(self.names[:5]):
-            lines = []
-            for kind, colour in (("truth", BLACK), ("seasonal", SKY), ("network", RED)):
-                y = answers[kind][: n * H : H, :, v].ravel() * self.std[v] + self.mean[v]
-                lines.append((np.arange(n * H), y, colour, kind))
-            panels.append((f"{name}, {H} steps ahead", lines, False))
-        plot(panels, 150 if len(panels) > 3 else 240).save(self.args.out / "sample.png", optimize=True)
-        best = min(mean["persistence"], mean["seasonal"])
-        return {"error": mean["network"], "skill": 1 - mean["network"] / best}, ["sample.png"]
-
-
-# ---- speech ----------------------------------------------------------------------------------------------------------
-
-PHONES = {  # three formants in Hz; how loud the voice is, and the noise; the noise's centre in Hz; duration in ms
-    "z": (300, 1500, 2500, 0.4, 0.30, 3600, 90), "i": (300, 2250, 3000, 1.0, 0.00, 0, 100),
-    "I": (400, 1950, 2550, 1.0, 0.00, 0, 80), "r": (350, 1100, 1600, 0.7, 0.00, 0, 70),
-    "o": (500, 900, 2400, 1.0, 0.00, 0, 90), "u": (320, 900, 2250, 1.0, 0.00, 0, 110),
-    "w": (300, 650, 2200, 0.7, 0.00, 0, 70), "A": (650, 1200, 2450, 1.0, 0.00, 0, 110),
-    "n": (250, 1400, 2300, 0.5, 0.00, 0, 90), "t": (400, 1700, 2600, 0.0, 0.60, 3300, 40),
-    "T": (400, 1400, 2500, 0.0, 0.15, 2800, 90), "a": (730, 1150, 2450, 1.0, 0.00, 0, 110),
-    "f": (400, 1100, 2400, 0.0, 0.20, 2200, 100), "O": (570, 850, 2400, 1.0, 0.00, 0, 110),
-    "v": (300, 1100, 2300, 0.5, 0.10, 2200, 70), "s": (400, 1700, 2600, 0.0, 0.50, 3600, 110),
-    "k": (400, 1800, 2400, 0.0, 0.50, 1900, 40), "e": (530, 1850, 2500, 1.0, 0.00, 0, 90),
-    "@": (500, 1450, 2450, 0.8, 0.00, 0, 60), ".": (450, 1500, 2500, 0.0, 0.00, 0, 50),
-}  # fmt: skip
-WORDS = "zIro wAn tu Tri fOr faIv sI.ks sev@n eI.t naIn".split()
-
-
-def make_utterance(word, pitch, tract, pace, rng):
-    """Source and filter: the harmonics of a pitch in Hz, and noise, shaped by formants that glide from phone to phone.
-
-    A harmonic f is as loud as the source, 1/f, times the resonances F^2 / sqrt((F^2 - f^2)^2 + (B f)^2) of three tubes;
-    `tract` scales all formants (a short vocal tract has high ones), `pace` the durations.
-    """
-    phones = np.array([PHONES[phone] for phone in word])
-    ends = np.cumsum(phones[:, 6] * pace * rng.uniform(0.8, 1.25, len(phones))) / 1000 * RATE
-    middles = (ends + np.concatenate([[0], ends[:-1]])) / 2
-    t = np.arange(int(ends[-1]))
-    F1, F2, F3, voice, hiss, centre, _ = (np.interp(t[::40], middles, column) for column in phones.T)  # each 5 ms
-    formants = np.stack([F1, F2, F3]) * tract * rng.uniform(0.96, 1.04, (3, 1))
-    rise = np.minimum(1, np.minimum(t, t[::-1]) / 200)  # no click at either end
-    f0 = pitch * (1.12 - 0.25 * t / len(t) + 0.02 * np.sin(2 * np.pi * (5 * t / RATE + rng.random())))
-    k = np.arange(1, int(3800 / f0.max()) + 1)[:, None]
-    f = k * f0[::40]
-    loud = np.prod([F**2 / np.sqrt((F**2 - f**2) ** 2 + (80 * f) ** 2) for F in formants], 0) * voice / k
-    loud = np.stack([np.interp(t, t[::40], row) for row in loud])
-    sound = (loud * np.sin(k * 2 * np.pi * np.cumsum(f0) / RATE)).sum(0)
-    noise, shape = rng.normal(size=len(t)), np.zeros(len(t))
-    for low in range(0, len(t), 200):  # 25 ms of noise at a time, through a bell around its centre
-        S, mid = np.fft.rfft(noise[low : low + 200]), min((low + 100) // 40, len(centre) - 1)
-        bell = np.exp(-(((np.fft.rfftfreq(len(noise[low : low + 200]), 1 / RATE) - centre[mid]) / 900) ** 2))
-        shape[low : low + 200] = np.fft.irfft(S * bell, len(noise[low : low + 200]))
-    sound = (sound / 1.5 + shape * np.interp(t, t[::40], hiss)) * rise
-    return sound / np.abs(sound).max() * rng.uniform(0.5, 0.9) + rng.normal(0, 0.001, len(t))
-
-
-def make_speech(seed, speakers=8, takes=6):
-    """Digit-like utterances of synthetic voices: sounds, labels "0" ... "9", speakers."""
-    rng, sounds = np.random.default_rng((seed, 8)), []
-    for _ in range(speakers):
-        pitch, tract, pace = rng.uniform(90, 230), rng.uniform(0.9, 1.18), rng.uniform(0.85, 1.2)
-        for word in WORDS * takes:
-            voice = pitch * rng.uniform(0.93, 1.07), tract, pace * rng.uniform(0.9, 1.1)
-            sounds.append(make_utterance(word, *voice, rng))
-    return sounds, [*"0123456789"] * takes * speakers, [f"voice{i}" for i in range(speakers) for _ in range(takes * 10)]
-
-
-def read_wav(path):
-    """A WAV file of 8 or 16 bits as (N,) in [-1, 1] at RATE: the mean of its channels, resampled linearly."""
-    try:
-        with wave.open(str(path)) as f:
-            raw, (channels, width, rate) = f.readframes(f.getnframes()), f.getparams()[:3]
-        x = np.frombuffer(raw, {1: np.uint8, 2: "<i2"}[width]).astype(np.float64)
-        x = ((x - 128) / 128 if width == 1 else x / 32768).reshape(-1, channels).mean(1)
-        return np.interp(np.arange(0, len(x) - 1, rate / RATE), np.arange(len(x)), x)
-    except (OSError, EOFError, wave.Error, KeyError, ValueError) as error:
-        fail(f"{path} is no WAV file of 8 or 16 bits that can be read ({error}): take it out of the folder")
-
-
-def read_speech(folder):
-    """Sounds, labels and speakers of {label}_{speaker}_{take}.wav."""
-    files = [file for file in sorted(Path(folder).glob("*.wav")) if file.stem.count("_") == 2]
-    labels, speakers = ([file.stem.split("_")[i] for file in files] for i in (0, 1))
-    if len(set(labels)) < 2 or len(set(speakers)) < 2:
-        fail(f"{folder} must hold {{label}}_{{speaker}}_{{take}}.wav, of two labels or more and two speakers or more")
-    return [read_wav(file) for file in files], labels, speakers
-
-
-def write_wav(path, x):
-    with wave.open(str(path), "wb") as f:
-        f.setparams((1, 2, RATE, 0, "NONE", "not compressed"))
-        f.writeframes((x * 32767).round().clip(-32768, 32767).astype("<i2").tobytes())
-
-
-def mu_law(x):
-    """Samples in [-1, 1] to 0 ... 255: sign(x) log(1 + 255 |x|) / log 256, so that quiet ones get finer steps."""
-    return np.rint((np.sign(x) * np.log1p(255 * np.abs(x)) / math.log(256) + 1) * 127.5).astype(np.int64)
-
-
-def from_mu_law(code):
-    y = code / 127.5 - 1
-    return np.sign(y) * np.expm1(np.abs(y) * math.log(256)) / 255
-
-
-def mel_filters(n_mel, size):
-    """Triangles (size // 2 + 1, n_mel) over the bins of a spectrum, evenly spaced in mel = 2595 log10(1 + f / 700)."""
-    mel = np.linspace(2595 * math.log10(1 + 60 / 700), 2595 * math.log10(1 + RATE / 2 / 700), n_mel + 2)
-    f, bins = 700 * (10 ** (mel / 2595) - 1), np.arange(size // 2 + 1)[:, None] * RATE / size
-    return np.minimum((bins - f[:-2]) / (f[1:-1] - f[:-2]), (f[2:] - bins) / (f[2:] - f[1:-1])).clip(0)
-
-
-def log_mel(x, n_mel, size=160, hop=128):
-    """log of the power in mel bands, (frames, n_mel): 20 ms under a Hann window, every 16 ms."""
-    x = np.pad(x, (0, max(0, size - len(x))))
-    frames = np.lib.stride_tricks.sliding_window_view(x, size)[::hop] * np.hanning(size + 1)[:-1]
-    return np.log(np.abs(np.fft.rfft(frames)) ** 2 @ mel_filters(n_mel, size) + 1e-5)
-
-
-def stretch(frames, n):
-    """n frames in place of those there are: at even distances, some left out or some repeated."""
-    return frames[np.arange(n) * len(frames) // n]
-
-
-def load_speech(args):
-    """Sounds with a peak of 1; labels as numbers; their names; speakers as numbers, -1 for the one who is held out."""
-    sounds, labels, speakers = read_speech(args.data) if args.data else make_speech(args.seed)
-    args.held_out = args.held_out or max(speakers)
-    if args.held_out not in speakers:
-        fail(f"--held-out {args.held_out}: the speakers are {', '.join(sorted(set(speakers)))}")
-    sounds = [sound / np.abs(sound).max(initial=1e-6) for sound in sounds]
-    names, known = sorted(set(labels)), sorted(set(speakers) - {args.held_out})
-    who = np.array([known.index(speaker) if speaker in known else -1 for speaker in speakers])
-    return sounds, np.array([names.index(label) for label in labels]), names, who
-
-
-class Speech:
-    """Which word is spoken: log-mel frames, one answer after the last. One speaker is held out."""
-
-    extra, frames, bands = {}, 70, 12
-
-    def __init__(self, args, saved):
-        self.args, self.mels = args, []
-        sounds, self.y, self.names, self.who = load_speech(args)
-        for sound in sounds:
-            mel = log_mel(sound, self.bands)
-            loud = np.flatnonzero(mel.max(1) > mel.max() - 4)
-            mel = mel[loud[0] : loud[-1] + 1]  # from the first loud frame to the last
-            self.mels.append(stretch(mel, max(2, len(mel))))
-        self.train, self.val = np.flatnonzero(self.who >= 0), np.flatnonzero(self.who < 0)
-        self.config = dict(n_in=3 * self.bands, n_out=len(self.names), read="last")
-        n = len(self.train), len(self.val)
-        self.about = f"{args.data or 'drawn voices'}: {n[0]:,} words to train on, {n[1]:,} of {args.held_out} held out"
-
-    def vary(self, i, rng):
-        """Word i as another voice might say it elsewhere, for a few voices have to stand for many."""
-        pace, tract = rng.uniform(0.6, 1.6), rng.uniform(0.82, 1.22)  # a longer tract moves all formants down
-        mel = stretch(self.mels[i], max(2, round(len(self.mels[i]) / pace)))
-        at = (np.arange(self.bands) * tract).clip(0, self.bands - 1)
-        low = at.astype(int).clip(max=self.bands - 2)
-        mel = mel[:, low] * (low + 1 - at) + mel[:, low + 1] * (at - low)
-        band = (np.arange(self.bands) + 0.5) / self.bands
-        mel = mel + sum(rng.normal() / k * np.cos(np.pi * k * band) for k in range(1, 5))  # a microphone's curve
-        floor = rng.uniform(5, 11)  # what is quieter drowns in noise
-        mel = np.logaddexp(mel, mel.max() - floor)
-        alike = np.flatnonzero((self.y == self.y[i]) & (self.who != self.who[i]) & (self.who >= 0))
-        if len(alike) and rng.random() < 0.7:  # some way towards another who says the word, past them, or away
-            other = stretch(self.mels[rng.choice(alike)], len(mel))
-            other = np.logaddexp(other, other.max() - floor)
-            mel = mel + rng.uniform(-0.5, 1.5) * (other - other.mean(0) - mel + mel.mean(0))
-        return mel
-
-    def features(self, number, rng=None):
-        """(B, frames, 3 bands), flush right after zeros: less each band's mean, less one mean, and slopes in time."""
-        x = np.zeros((len(number), self.frames, 3 * self.bands), np.float32)
-        for row, i in zip(x, number):
-            mel = self.mels[i]
-            mel = np.logaddexp(mel, mel.max() - 7) if rng is None else self.vary(i, rng)  # 30 dB are heard
-            parts = [mel - mel.mean(0), mel - mel.mean(), 2 * np.gradient(mel, axis=0)]
-            if rng is not None:
-                parts = [part * (rng.random() > 0.3) for part in parts]  # so that none is relied on alone
-            mel = (np.concatenate(parts, 1) / (mel.std() + 1e-6))[-self.frames :]
-            row[self.frames - len(mel) :] = mel
-        return x
-
-    def batch(self, step):
-        rng = np.random.default_rng((self.args.seed, step, 1))
-        number = rng.choice(self.train, self.args.batch_size)
-        return self.features(number, rng), self.y[number]
-
-    def evaluate(self, trainer, whole=False):
-        some = self.val if whole else self.val[:: math.ceil(len(self.val) / 200)]
-        return {name: float(value) for name, value in trainer.evaluate(self.features(some), self.y[some]).items()}
-
-    def report(self, trainer, net):
-        answers, K = trainer.predict(self.features(self.val)).argmax(1), len(self.names)
-        counts = np.bincount(self.y[self.val] * K + answers, minlength=K * K).reshape(K, K)
-        print("\nspoken \\ heard" + "".join(f"{name[:6]:>7}" for name in self.names))
-        for name, row in zip(self.names, counts):
-            print(f"{name[:14]:14}" + "".join(f"{n or '.':>7}" for n in row))
-        print()
-        return {}, []
-
-
-class Speak:
-    """Sound, sample by sample: the next of 256 mu-law codes from all before it, the word, the place in it, the voice.
-
-    The place is a row of `places` overlapping bells along the word, so that the network learns what each word sounds
-    like where. Told whose voice it is, it keeps to one pitch. A batch's rows are stretches of `length` samples from
-    anywhere in a word.
-    """
-
-    extra, places, samples = {}, 12, 4096
-
-    def __init__(self, args, saved):
-        self.args = args
-        sounds, self.y, self.names, self.who = load_speech(args)
-        self.codes = np.full((len(sounds), self.samples + 1), 128)
-        for row, sound in zip(self.codes, sounds):
-            row[1 : len(sound) + 1] = mu_law(sound)[: self.samples]
-        self.lengths = np.array([min(len(sound), self.samples) for sound in sounds])
-        if args.length > self.lengths.min():
-            fail(f"--length {args.length} is more than the shortest utterance has samples, {self.lengths.min()}")
-        self.train, self.val = np.flatnonzero(self.who >= 0), np.flatnonzero(self.who < 0)
-        self.voices = np.unique(self.who[self.train])
-        self.config = dict(vocab_size=256, n_in=len(self.names) * self.places + len(self.voices), n_out=256)
-        n = len(self.train), len(self.val)
-        self.about = f"{args.data or 'drawn voices'}: {n[0]:,} words to train on, {n[1]:,} of {args.held_out} held out"
-
-    def beside(self, y, who, lengths, at):
-        """What goes with the samples number `at`, (T,) or (B, T): (B, T, labels places + voices)."""
-        place = at / lengths[:, None] * (self.places - 1)  # (B, T)
-        bells = (1 - np.abs(place[..., None] - np.arange(self.places))).clip(0)  # 0 after the end
-        onehot = np.eye(len(self.names))[y]
-        word = (bells[:, :, None] * onehot[:, None, :, None]).reshape(*place.shape, -1)
-        voice = np.broadcast_to((who[:, None] == self.voices)[:, None], (*place.shape, len(self.voices)))
-        return np.concatenate([word, voice], -1).astype(np.float32)
-
-    def batch(self, step):
-        T, B, rng = self.args.length, self.args.batch_size, np.random.default_rng((self.args.seed, step, 1))
-        number = rng.choice(self.train, B)
-        begin = rng.uniform(-T, self.lengths[number] - T).clip(0).astype(int)  # often the beginning
-        at = begin[:, None] + np.arange(T + 1)
-        who = np.where(rng.random(B) < 0.1, -1, self.who[number])  # sometimes not told, as of a voice held out
-        x, beside = self.codes[number[:, None], at], self.beside(self.y[number], who, self.lengths[number], at[:, :-1])
-        return x[:, :-1], x[:, 1:], np.zeros(B, np.float32), beside
-
-    def evaluate(self, trainer, whole=False):
-        some, total = self.val if whole else self.val[:: math.ceil(len(self.val) / 20)], 0.0
-        n = self.lengths[self.val].min()  # of each word as many samples as the shortest has
-        for part in np.array_split(some, math.ceil(len(some) / 50)):
-            beside = self.beside(self.y[part], self.who[part], self.lengths[part], np.arange(n))
-            x = self.codes[part, : n + 1]
-            total += float(trainer.evaluate(x[:, :-1], x[:, 1:], beside)["val_loss"]) * len(part)
-        return {"val_loss": total / len(some)}
-
-    def report(self, trainer, net):
-        y = np.arange(len(self.names))
-        lengths = np.array([int(self.lengths[self.y == i].mean()) for i in y])
-        n = lengths.max()
-        beside = self.beside(y, 0 * y, lengths, np.arange(n))  # in the first voice
-        codes = trainer.generate(np.full((len(y), 1), 128), n, self.args.temperature, self.args.seed, beside)
-        made = from_mu_law(np.stack(list(codes), 1))
-        files, rows = [], []
-        for i, name in enumerate(self.names):
-            files.append(f"{name}.wav")
-            write_wav(self.args.out / files[-1], made[i, : lengths[i]])
-            first = np.flatnonzero((self.y == i) & (self.who == 0))[:1]
-            rows.append([made[i, : lengths[i]], *(from_mu_law(self.codes[j, 1 : self.lengths[j]]) for j in first)])
-        draw_spectrograms(rows[:10], self.names).save(self.args.out / "sample.png", optimize=True)
-        return {}, ["sample.png", *files]
-
-
-# ---- gradients -------------------------------------------------------------------------------------------------------
-
-
-class Gradients:
-    """A number, then noise; at the end the network is to say the number. How far back does its gradient reach?"""
-
-    extra = {}
-
-    def __init__(self, args, saved):
-        self.args, self.config = args, dict(n_in=1, n_out=1, read="last", loss="mse", radius=1.5)
-        self.about = f"to recall a number after {args.length - 1} steps, drawn anew each time; 256 held out"
-
-    def draw(self, n, *key):
-        x = np.random.default_rng((self.args.seed, *key)).uniform(-1, 1, (n, self.args.length, 1)).astype(np.float32)
-        x[:, 1:] *= 0.1
-        return x, x[:, 0]
-
-    def batch(self, step):
-        return self.draw(self.args.batch_size, step, 1)
-
-    def evaluate(self, trainer, whole=False):
-        return {"val_loss": float(trainer.evaluate(*self.draw(256, 2))["val_loss"])}
-
-    def report(self, trainer, net):
-        """|dh_T/ds_t| of new networks over T - t; and the same training twice, without and with clipping."""
-        args, x, figures, T = self.args, self.draw(1, 3)[0][0], {}, self.args.length
-        config, lines = {**vars(trainer.config), "impl": "by-hand", "n_layer": 1}, []
-        shown = [back for back in (0, 5, 10, 20, 40, T - 1) if back < T]
-        print("\n|dh_T/ds_t|, T - t =" + "".join(f"{back:>10}" for back in shown))
-        for cell, colour in (("rnn", RED), ("lstm", BLUE), ("gru", GREEN)):
-            for radius in (0.9, 2.0):
-                new = net.Trainer(net.Config(**{**config, "cell": cell, "radius": radius}), args.seed, args.device)
-                norms = np.nan_to_num(new.state_gradients(x)[::-1], nan=1e30, posinf=1e30)
-                print(f"{cell:5} radius {radius:<9}" + "".join(f"{norms[back]:10.1e}" for back in shown))
-                figures[f"{cell}_{radius}"] = float(norms[-1])
-                tint = tuple((c + 510) // 3 for c in colour) if radius < 1 else colour
-                lines.append((np.arange(T), norms, tint, f"{cell} {radius}"))
-        panels = [("|dh_T/ds_t| over the distance T - t", lines, True)]
-        curves, n = {"loss": [], "grad_norm": []}, min(args.steps, 150)
-        for clip, colour in ((math.inf, RED), (args.clip, BLUE)):
-            new = net.Trainer(net.Config(**{**config, "clip": clip}), args.seed, args.device)
-            steps = [new.step(*self.batch(step), lr=args.lr) for step in range(n)]
-            label = f"clipped at {clip:g}" if clip < math.inf else "not clipped"
-            for name, curve in curves.items():
-                y = np.array([float(metrics[name]) for metrics in steps])
-                y = np.where(np.isfinite(y), y, 1e6).clip(1e-3, 1e6)  # what blew up runs along the upper edge
-                curve.append((np.arange(n), y, colour, label))
-            if n:
-                loss, norm = (curve[-1][1] for curve in curves.values())
-                print(f"{label:14} {n} steps: loss {loss[-10:].mean():.3g}, largest gradient {norm.max():.3g}")
-        titles = {"loss": "loss by the step", "grad_norm": "norm of the gradient, before clipping, by the step"}
-        panels += [(titles[name], curve, True) for name, curve in curves.items() if n > 1]
-        plot(panels).save(args.out / "sample.png", optimize=True)
-        return figures, ["sample.png"]
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-BLACK, GREY, RED, SKY, GREEN = (40, 40, 40), (160, 160, 160), (214, 39, 40), (140, 190, 230), (44, 160, 44)
-BLUE, PAPER = (31, 119, 180), (250, 250, 247)
-
-
-def plot(panels, height=240):
-    """Panels one below the other: (title, [(x, y, colour, label or "")], whether y is shown in powers of ten)."""
-    scale, width, font = 2, 960, ImageFont.load_default(24)
-    image = Image.new("RGB", (scale * width, scale * height * len(panels)), PAPER)
-    draw = ImageDraw.Draw(image)
-    for i, (title, lines, log) in enumerate(panels):
-        left, right, top, bottom = 120, scale * width - 20, scale * height * i + 44, scale * height * (i + 1) - 20
-        xs = np.concatenate([line[0] for line in lines])
-        shown = [np.log10(np.maximum(line[1], 1e-30)) if log else np.asarray(line[1], float) for line in lines]
-        ys = np.concatenate(shown)
-        low, high = ys.min(), ys.max() + 1e-9
-        step = 10.0 ** math.floor(math.log10(high - low))
-        step = max(step * (0.5 if (high - low) / step < 2 else 1 if (high - low) / step < 5 else 2), 1 if log else 0)
-        for tick in np.arange(math.ceil(low / step), high / step + 1e-9) * step:
-            y = bottom - (tick - low) / (high - low) * (bottom - top)
-            draw.line([(left, y), (right, y)], (225, 225, 225), 2)
-            draw.text((left - 10, y), f"1e{tick:.0f}" if log else f"{tick:g}", GREY, font, anchor="rm")
-        draw.text((left, top - 24), title, BLACK, font, anchor="lm")
-        at = right
-        for (x, _, colour, label), y in zip(lines, shown):
-            u = left + (x - xs.min()) / (xs.max() - xs.min()) * (right - left)
-            draw.line(list(zip(u, bottom - (y - low) / (high - low) * (bottom - top))), colour, 3, joint="curve")
-            if label:
-                draw.text((at, top - 24), label, colour, font, anchor="rm")
-                at -= draw.textlength(label, font) + 30
-    return image.reduce(scale).quantize(64)  # a small file
-
-
-def draw_spectrograms(rows, names):
-    """Spectrograms in pairs, the network's above the recording: [[sound, sound], ...] under their names."""
-    cell_w, cell_h, font = 190, 120, ImageFont.load_default(14)
-    image = Image.new("RGB", (5 * cell_w, -(-len(rows) // 5) * (2 * cell_h + 28)), PAPER)
-    draw = ImageDraw.Draw(image)
-    for i, row in enumerate(rows):
-        u, v = i % 5 * cell_w, i // 5 * (2 * cell_h + 28)
-        draw.text((u + 6, v + 14), f"{names[i]}: made, and recorded", BLACK, font, anchor="lm")
-        for j, sound in enumerate(row):
-            frames = np.lib.stride_tricks.sliding_window_view(np.pad(sound, (0, 256)), 256)[::32] * np.hanning(256)
-            level = 20 * np.log10(np.abs(np.fft.rfft(frames)) + 1e-3)  # dB
-            level = 255 - ((level - level.max() + 60) / 60).clip(0, 1) * 255
-            picture = Image.fromarray(level.T[::-1].astype(np.uint8)).resize((cell_w - 8, cell_h - 6))
-            image.paste(picture, (u + 4, v + 28 + j * cell_h))
-    return image
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
-
-
 def main():
-    began = time.perf_counter()
-    apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    parser.add_argument("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch")
-    parser.add_argument("--task", choices=TASKS, default="text")
-    parser.add_argument("--data", help="tinyshakespeare or a text; a CSV; a folder of WAV files (default: embedded)")
-    parser.add_argument("--held-out", help="the speaker not to train on (default: the last by name)")
-    parser.add_argument("--cell", choices=["rnn", "lstm", "gru"])
-    parser.add_argument("--impl", choices=["by-hand", "builtin"], default="by-hand")
-    parser.add_argument("--n-hidden", type=int)
-    parser.add_argument("--n-layer", type=int, default=1)
-    parser.add_argument("--n-embd", type=int, default=64, help="width of the embedding of a token")
-    parser.add_argument("--length", type=int, default=64, help="steps that the gradient goes back through time")
-    parser.add_argument("--window", type=int, default=72, help="series: how many times the network sees")
-    parser.add_argument("--horizon", type=int, default=24, help="series: and how many it forecasts")
-    parser.add_argument("--optimizer", choices=["muon", "adamw", "sgd"])
-    parser.add_argument("--steps", type=int, help="0: only evaluate and report")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--lr", type=float, help="the highest rate; it falls to 0 linearly")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices")
-    parser.add_argument("--clip", type=float, default=1.0, help="the largest norm of a gradient; inf: any")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().with_name("out"))
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
-    parser.add_argument("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best there is)")
-    parser.add_argument("--prompt", help="what to go on with")
-    parser.add_argument("--tokens", type=int, default=500, help="how many characters to write")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest")
-    parser.set_defaults(**TASKS[parser.parse_known_args()[0].task])
-    args = parser.parse_args()
-    sizes = args.batch_size, args.n_hidden, args.n_layer, args.n_embd, args.window, args.horizon, args.length
-    if min(args.steps, args.tokens, args.seed) < 0 or min(sizes) < 1:
-        fail("--steps, --tokens, --seed must be 0 or more, --batch-size, --length, --window, --horizon, --n-... 1")
-    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and args.clip > 0 and 0 <= args.temperature):
-        fail("--lr and --clip must be more than 0, --weight-decay and --temperature 0 or more")
-    args.log_every = max(1, args.steps // 20)
-
-    ckpt = args.out / "ckpt.npz"
-    saved = read_meta(ckpt, "rnn") if args.resume else None
-    if saved and saved["task"] != args.task:
-        fail(f"{ckpt} was trained for another task, {saved['task']}: repeat the --task of that run")
-    kinds = {"text": Text, "series": Series, "speech": Speech, "speak": Speak, "gradients": Gradients}
-    task, net = kinds[args.task](args, saved), load_twin(args)
-    names = "cell impl n_embd n_hidden n_layer optimizer weight_decay clip".split()
-    config = net.Config(**{name: getattr(args, name) for name in names}, **task.config)
+    """Arguments, task, model, checkpoint; train; report, and the result as the last line."""
+    began, (args, saved) = time.perf_counter(), read_args()
+    net, ckpt = load_twin(args), args.out / "ckpt.npz"
+    note, task = claim(args), TASKS[args.task](args, saved)
+    config = {name: value for name, value in args.memory.items() if name in net.Config.__dataclass_fields__}
+    config = {name: value for name, value in config.items() if value is not None} | task.config
     if saved:
-        config = net.Config(**saved["config"] | {"impl": args.impl})  # by hand or built in, the parameters are the same
-        if any(getattr(config, name) != task.config[name] for name in ("n_in", "n_out") if name in task.config):
-            fail(f"{ckpt} was trained on other data: repeat the --data and --horizon of that run")
-    trainer = net.Trainer(config, seed=args.seed, device=args.device)
-    start = trainer.load(ckpt) if saved else 0
+        known = {**saved, **saved["config"]}
+        for name, value in (task.config | (task.extra if args.steps else {})).items():
+            if known.get(name, value) != value:
+                fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
+        config |= saved["config"]
+    try:
+        trainer = task.trainer(net, net.Config(**config))
+        start = trainer.load(ckpt) if saved else 0
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if not (saved or isinstance(error, ValueError)):
+            raise
+        fail(f"{ckpt} does not fit the model ({error!r}): train anew without --resume" if saved else error)
     params = sum(w.size for w in net.get_weights(trainer.model).values())
-    print(f"rnn: {config.cell} {config.impl}, {args.backend} on {args.device}, {params:,} parameters; {task.about}; "
-          f"files go to {args.out}", flush=True)
-
-    def lr(step):
-        return args.lr * min((step + 1) / 30, 1.0) * (1 - step / args.steps)
-
-    speed = fit(trainer, task.batch, lambda: task.evaluate(trainer), lr, args, start, task=args.task, **task.extra)
+    print(f"{MODEL}: {args.backend} on {args.device}, {params:,} parameters; {task.about}; files go to {args.out}"
+          f"{note}", flush=True)  # fmt: skip
+    speed = fit(trainer, task, args, start, {**task.extra, "args": args.memory})
+    if args.rank:
+        return
     figures = task.evaluate(trainer, whole=True)
-    more, files = task.report(trainer, net)
-    files = [str(file) for name in ["ckpt.npz", *files] if (file := args.out / name).exists()]
+    more, files = task.report(trainer)
+    files = [args.out / name for name in ("ckpt.npz", "log.jsonl", "curve.png", *files)]
     result = {"backend": args.backend, "device": args.device, "params": params, "steps": args.steps}
-    result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 1)}
-    print("result " + json.dumps(result | figures | more | {"files": files}))
+    result |= {"seconds": round(time.perf_counter() - began, 2), "steps_per_s": round(speed, 2)}
+    result |= {"tokens_per_s": round(speed * task.tokens)} if task.tokens else {}
+    result |= {name: float(x) if math.isfinite(x) else None for name, x in {**figures, **more}.items()}
+    print("result " + json.dumps(result | {"files": [str(file) for file in files if file.exists()]}))
 
 
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
         os._exit(141)
+    except (OSError, MemoryError) as error:  # a full disk, a folder that may not be written to, too little memory
+        print(f"train.py: {error or 'there is too little memory'}: make room, or change --out", file=sys.stderr)
+        os._exit(2)
