@@ -46,6 +46,12 @@ class Config:
     label_smoothing: float = 0.0
     weight_decay: float = 0.05
 
+    def __post_init__(self):
+        if self.model == "lenet" and len(self.channels) != 3:
+            raise ValueError("channels of a lenet are three: of both convolutions and the hidden layer")
+        if self.model == "resnet" and not self.size >> len(self.channels) - 1:
+            raise ValueError(f"channels: {len(self.channels) - 1} blocks halve size {self.size} to none: name fewer")
+
 
 class LeNet(nn.Module):
     def __init__(self, config):
@@ -306,25 +312,17 @@ def devices():
     return ["gpu", "cpu"] if mx.is_available(mx.gpu) else ["cpu"]
 
 
-class Trainer:
-    """A network and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+class Learner:
+    """What Trainer and Stylist have in common: a model's parameters, their optimizer and the checkpoint."""
 
-    def __init__(self, config, seed=0, device=None):
+    def __init__(self, config, device):
         self.config, self.device, self.t = config, device or devices()[0], 0
         mx.set_default_device(getattr(mx, self.device))
-        self.model = (LeNet if config.model == "lenet" else ResNet)(config)
-        init_weights(self.model, seed)
-        self.start()
 
-    def start(self):
-        self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
-        self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
-
-    def arrays(self, x, y):
-        """Numpy to the framework. Labels are checked first: MLX would read past the end of an array without a word."""
-        if not 0 <= y.min() <= y.max() < self.config.n_out:
-            raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
-        return mx.array(x), mx.array(y)
+    def start(self, model):
+        self.model = model
+        self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(model.parameters())}
+        self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(model.parameters())}
 
     def update(self, loss_of, lr):
         """One step down the gradient of loss_of(), by Muon for filters, else AdamW; returns the loss before it."""
@@ -342,34 +340,6 @@ class Trainer:
         self.model.update(tree_unflatten(list(params.items())))
         mx.eval(loss, params, self.m, self.v)  # MLX is lazy: here the step is computed
         return loss
-
-    def step(self, x, y, lr):
-        """One update on x (B, H, W, C) float32 and y (B,) int64; returns {"loss"}, the one before the update."""
-        x, y = self.arrays(x, y)
-        return {"loss": self.update(lambda: loss_fn(self.model(x), y, self.config.label_smoothing), lr)}
-
-    def evaluate(self, x, y):
-        """{"val_loss", "accuracy"} on x (B, H, W, C) and y (B,)."""
-        x, y = self.arrays(x, y)
-        logits = self.model(x)
-        return {"val_loss": loss_fn(logits, y), "accuracy": (logits.argmax(1) == y).mean()}
-
-    def predict(self, x):
-        """x (B, H, W, C) -> numpy (B, n_out): the probabilities of the classes."""
-        return np.array(mx.softmax(self.model(mx.array(x)), 1))
-
-    def export(self, path):
-        """Write the network alone to a file that runs without this one: images (B, H, W, C) in, logits (B, n_out) out.
-
-        .pt2 (torch.export, any B), .mlpackage (Core ML, B = 1; needs coremltools), .mlxfn (MLX, B = 1, 2, 4 ... 64).
-        """
-        config = self.config
-        x = mx.zeros((1, config.size, config.size, config.n_in))
-        self.model.update(tree_map(mx.contiguous, self.model.parameters()))  # the exporter overlooks strides
-        mx.eval(self.model.parameters())
-        with mx.exporter(str(path), self.model) as exporter:
-            for B in (1, 2, 4, 8, 16, 32, 64):  # MLX fixes the shapes in a trace: a trace for each
-                exporter(mx.repeat(x, B, axis=0))
 
     def save(self, path, step, **extra):
         """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
@@ -393,16 +363,62 @@ class Trainer:
         return self.t
 
 
-class Stylist(Trainer):
+class Trainer(Learner):
+    """A network and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+
+    def __init__(self, config, seed=0, device=None):
+        super().__init__(config, device)
+        model = (LeNet if config.model == "lenet" else ResNet)(config)
+        init_weights(model, seed)
+        self.start(model)
+
+    def arrays(self, x, y):
+        """Numpy to the framework. Labels are checked first: MLX would read past the end of an array without a word."""
+        if not 0 <= y.min() <= y.max() < self.config.n_out:
+            raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
+        return mx.array(x), mx.array(y)
+
+    def step(self, x, y, lr):
+        """One update on x (B, H, W, C) float32 and y (B,) int64; returns {"loss"}, the one before the update."""
+        x, y = self.arrays(x, y)
+        return {"loss": self.update(lambda: loss_fn(self.model(x), y, self.config.label_smoothing), lr)}
+
+    def evaluate(self, x, y):
+        """{"val_loss", "accuracy"} on x (B, H, W, C) and y (B,)."""
+        x, y = self.arrays(x, y)
+        logits = self.model(x)
+        return {"val_loss": loss_fn(logits, y), "accuracy": (logits.argmax(1) == y).mean()}
+
+    def predict(self, x):
+        """x (B, H, W, C) -> numpy (B, n_out): the probabilities of the classes."""
+        return np.array(mx.softmax(self.model(mx.array(x)), 1))
+
+    def filters(self):
+        """The filters of the first layer, numpy (n_out, n_in, k, k)."""
+        return get_weights(self.model)["conv1.weight" if self.config.model == "lenet" else "stem.weight"]
+
+    def export(self, path):
+        """Write the network alone to a file that runs without this one: images (B, H, W, C) in, logits (B, n_out) out.
+
+        .pt2 (torch.export, any B), .mlpackage (Core ML, B = 1; needs coremltools), .mlxfn (MLX, B = 1, 2, 4 ... 64).
+        """
+        config = self.config
+        x = mx.zeros((1, config.size, config.size, config.n_in))
+        self.model.update(tree_map(mx.contiguous, self.model.parameters()))  # the exporter overlooks strides
+        mx.eval(self.model.parameters())
+        with mx.exporter(str(path), self.model) as exporter:
+            for B in (1, 2, 4, 8, 16, 32, 64):  # MLX fixes the shapes in a trace: a trace for each
+                exporter(mx.repeat(x, B, axis=0))
+
+
+class Stylist(Learner):
     """Paints: the image is the parameter. content and style are images (H, W, 3) float32 from 0 to 1."""
 
     def __init__(self, config, content, style, weights=None, strength=100.0, tv=30.0, seed=0, device=None):
-        self.config, self.device, self.t = config, device or devices()[0], 0
-        mx.set_default_device(getattr(mx, self.device))
+        super().__init__(config, device)
         self.strength, self.tv = strength, tv
         self.net = VGG(weights) if weights else RandomFilters(seed)
-        self.model = Canvas(content)
-        self.start()
+        self.start(Canvas(content))
         content, style = (self.net(mx.array(a[None])) for a in (content, style))
         self.content = [content[layer] for layer in self.net.content]
         self.style = [gram(style[layer]) for layer in self.net.style]

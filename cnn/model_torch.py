@@ -46,6 +46,12 @@ class Config:
     label_smoothing: float = 0.0
     weight_decay: float = 0.05
 
+    def __post_init__(self):
+        if self.model == "lenet" and len(self.channels) != 3:
+            raise ValueError("channels of a lenet are three: of both convolutions and the hidden layer")
+        if self.model == "resnet" and not self.size >> len(self.channels) - 1:
+            raise ValueError(f"channels: {len(self.channels) - 1} blocks halve size {self.size} to none: name fewer")
+
 
 class LeNet(nn.Module):
     def __init__(self, config):
@@ -308,25 +314,16 @@ def devices():
     return [name for name, there in found.items() if there]
 
 
-class Trainer:
-    """A network and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+class Learner:
+    """What Trainer and Stylist have in common: a model's parameters, their optimizer and the checkpoint."""
 
-    def __init__(self, config, seed=0, device=None):
+    def __init__(self, config, device):
         self.config, self.device, self.t = config, device or devices()[0], 0
-        self.model = (LeNet if config.model == "lenet" else ResNet)(config)
-        init_weights(self.model, seed)
-        self.start()
 
-    def start(self):
-        self.model.to(self.device)
-        self.m = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
-        self.v = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
-
-    def arrays(self, x, y):
-        """Numpy to the framework. Labels are checked first: MLX would read past the end of an array without a word."""
-        if not 0 <= y.min() <= y.max() < self.config.n_out:
-            raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
-        return torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
+    def start(self, model):
+        self.model = model.to(self.device)
+        self.m = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        self.v = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
     def update(self, loss_of, lr):
         """One step down the gradient of loss_of(), by Muon for filters, else AdamW; returns the loss before it."""
@@ -341,41 +338,6 @@ class Trainer:
             else:
                 adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
         return loss.detach()
-
-    def step(self, x, y, lr):
-        """One update on x (B, H, W, C) float32 and y (B,) int64; returns {"loss"}, the one before the update."""
-        x, y = self.arrays(x, y)
-        return {"loss": self.update(lambda: loss_fn(self.model(x), y, self.config.label_smoothing), lr)}
-
-    @torch.no_grad()
-    def evaluate(self, x, y):
-        """{"val_loss", "accuracy"} on x (B, H, W, C) and y (B,)."""
-        x, y = self.arrays(x, y)
-        logits = self.model(x)
-        return {"val_loss": loss_fn(logits, y), "accuracy": (logits.argmax(1) == y).float().mean()}
-
-    @torch.no_grad()
-    def predict(self, x):
-        """x (B, H, W, C) -> numpy (B, n_out): the probabilities of the classes."""
-        return torch.softmax(self.model(torch.from_numpy(x).to(self.device)), 1).cpu().numpy()
-
-    def export(self, path):
-        """Write the network alone to a file that runs without this one: images (B, H, W, C) in, logits (B, n_out) out.
-
-        .pt2 (torch.export, any B), .mlpackage (Core ML, B = 1; needs coremltools), .mlxfn (MLX, B = 1, 2, 4 ... 64).
-        """
-        config = self.config
-        x = torch.zeros(2, config.size, config.size, config.n_in, device=self.device)
-        if str(path).endswith(".pt2"):
-            program = torch.export.export(self.model, (x,), dynamic_shapes=({0: torch.export.Dim("B")},))
-            return torch.export.save(program, path)
-        import coremltools
-
-        traced = torch.jit.trace(self.model.cpu(), x[:1].cpu())
-        inputs = [coremltools.TensorType("image", (1, *x.shape[1:]))]
-        outputs = [coremltools.TensorType("logits")]
-        coremltools.convert(traced, inputs=inputs, outputs=outputs).save(str(path))
-        self.model.to(self.device)
 
     def save(self, path, step, **extra):
         """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
@@ -399,15 +361,69 @@ class Trainer:
         return self.t
 
 
-class Stylist(Trainer):
+class Trainer(Learner):
+    """A network and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+
+    def __init__(self, config, seed=0, device=None):
+        super().__init__(config, device)
+        model = (LeNet if config.model == "lenet" else ResNet)(config)
+        init_weights(model, seed)
+        self.start(model)
+
+    def arrays(self, x, y):
+        """Numpy to the framework. Labels are checked first: MLX would read past the end of an array without a word."""
+        if not 0 <= y.min() <= y.max() < self.config.n_out:
+            raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
+        return torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
+
+    def step(self, x, y, lr):
+        """One update on x (B, H, W, C) float32 and y (B,) int64; returns {"loss"}, the one before the update."""
+        x, y = self.arrays(x, y)
+        return {"loss": self.update(lambda: loss_fn(self.model(x), y, self.config.label_smoothing), lr)}
+
+    @torch.no_grad()
+    def evaluate(self, x, y):
+        """{"val_loss", "accuracy"} on x (B, H, W, C) and y (B,)."""
+        x, y = self.arrays(x, y)
+        logits = self.model(x)
+        return {"val_loss": loss_fn(logits, y), "accuracy": (logits.argmax(1) == y).float().mean()}
+
+    @torch.no_grad()
+    def predict(self, x):
+        """x (B, H, W, C) -> numpy (B, n_out): the probabilities of the classes."""
+        return torch.softmax(self.model(torch.from_numpy(x).to(self.device)), 1).cpu().numpy()
+
+    def filters(self):
+        """The filters of the first layer, numpy (n_out, n_in, k, k)."""
+        return get_weights(self.model)["conv1.weight" if self.config.model == "lenet" else "stem.weight"]
+
+    def export(self, path):
+        """Write the network alone to a file that runs without this one: images (B, H, W, C) in, logits (B, n_out) out.
+
+        .pt2 (torch.export, any B), .mlpackage (Core ML, B = 1; needs coremltools), .mlxfn (MLX, B = 1, 2, 4 ... 64).
+        """
+        config = self.config
+        x = torch.zeros(2, config.size, config.size, config.n_in, device=self.device)
+        if str(path).endswith(".pt2"):
+            program = torch.export.export(self.model, (x,), dynamic_shapes=({0: torch.export.Dim("B")},))
+            return torch.export.save(program, path)
+        import coremltools
+
+        traced = torch.jit.trace(self.model.cpu(), x[:1].cpu())
+        inputs = [coremltools.TensorType("image", (1, *x.shape[1:]))]
+        outputs = [coremltools.TensorType("logits")]
+        coremltools.convert(traced, inputs=inputs, outputs=outputs).save(str(path))
+        self.model.to(self.device)
+
+
+class Stylist(Learner):
     """Paints: the image is the parameter. content and style are images (H, W, 3) float32 from 0 to 1."""
 
     def __init__(self, config, content, style, weights=None, strength=100.0, tv=30.0, seed=0, device=None):
-        self.config, self.device, self.t = config, device or devices()[0], 0
+        super().__init__(config, device)
         self.strength, self.tv = strength, tv
         self.net = VGG(weights) if weights else RandomFilters(seed)
-        self.model = Canvas(content)
-        self.start()
+        self.start(Canvas(content))
         with torch.no_grad():
             content, style = (self.net(torch.from_numpy(a[None]).to(self.device)) for a in (content, style))
             self.content = [content[layer] for layer in self.net.content]

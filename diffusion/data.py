@@ -50,7 +50,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return getattr(action.type, "__name__", "text")
 
     def _get_help_string(self, action):
-        return action.help + " (default: %(default)s)" * (action.default not in (None, False, argparse.SUPPRESS))
+        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
 def read_meta(path, model):
@@ -60,8 +61,12 @@ def read_meta(path, model):
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
                 raise ValueError("a part is damaged or compressed")
             meta = json.loads(str(f["meta"]))
-        if not (isinstance(meta["config"], dict) and isinstance(meta["step"], int)):
-            raise ValueError("config is no table or step no number")
+        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        for name, value in meta["config"].items():
+            if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
+                raise ValueError(f"its {name} is {value}")
+        if not (isinstance(meta["step"], int) and meta["step"] >= 0):
+            raise ValueError(f"its step is {meta['step']}")
         if meta["model"] == model:
             return meta
         reason = f"it holds a model of {meta['model']}/, not of {model}/"
@@ -84,7 +89,7 @@ def parse(parser, model, fixed, kept, defaults):
     out = given.out or Path(__file__).resolve().with_name("out") / (given.task or parser.get_default("task"))
     if given.resume:
         saved = read_meta(out / "ckpt.npz", model)
-        known = {**saved["config"], **saved, **saved.get("args", {})}
+        known = {**saved, **saved["config"], **saved.get("args", {})}
         known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
     for flag in fixed:
         asked, there = getattr(given, flag.dest), known.get(flag.dest)
@@ -129,6 +134,7 @@ def record(out, row, first):
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
+    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
     for i, name in enumerate(names):
         y = np.array([row[name] for row in rows])
         height = (y - y.min()) / (np.ptp(y) or 1)
@@ -188,23 +194,17 @@ class Task:
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
-IDX = {  # the two homes of each set, and the MD5 sums of its four files
+IDX = {  # the two homes of a set, and the MD5 sums of its four files
     "mnist": (
         "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
         "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c",
     ),
-    "fashion": (
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com "
-        "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion",
-        "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
-        "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310",
-    ),
 }
 
 
 def load_idx(name):
-    """mnist or fashion: images (N, 28, 28) uint8 and labels (N,) of the training part, then of the test part."""
+    """A set of IDX: images (N, 28, 28) uint8 and labels (N,) of the training part, then of the test part."""
     homes, sums, arrays = *map(str.split, IDX[name]), []
     for stem, md5 in zip(("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"), sums):
         path = fetch(f"{name}/{stem}-ubyte.gz", md5, *(f"{home}/{stem}-ubyte.gz" for home in homes))
@@ -218,7 +218,7 @@ def load_idx(name):
 
 
 def make_digits(n, seed):
-    """n drawn digits: images (n, 28, 28) uint8, labels (n,); each with its own stroke, size, turn, shear and shift."""
+    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); each has its own stroke, size, turn, shear and shift."""
     rng = np.random.default_rng((seed, 28))
     font, glyphs = ImageFont.load_default(60), {}
     for digit in range(10):
@@ -241,7 +241,7 @@ def make_digits(n, seed):
 
 
 def make_flowers(n, size, seed):
-    """n drawn flowers: images (n, size, size, 3) uint8, petals (n,) 4 ... 9; each with its colour, shape and place."""
+    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 4 ... 9; each has its colour, shape and place."""
     rng = np.random.default_rng((seed, 32))
     tints = np.array([(245, 240, 235), (250, 200, 40), (235, 70, 60), (245, 130, 175), (150, 90, 210), (70, 110, 230)])
     petals, tint = rng.integers(4, 10, n), tints[rng.integers(0, 6, n)] + rng.normal(0, 12, (n, 3))
@@ -287,7 +287,7 @@ def read_folder(folder, size):
     """The pictures of a folder, cut to squares of `size`: all but every tenth, numbers for labels; then the others."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
     if len(files) < 20:
-        fail(f"--data {folder} must be digits, flowers, mnist, fashion, cifar10 or a folder of 20 pictures or more")
+        fail(f"--data {folder} is neither one of the sets that --help names nor a folder of 20 pictures or more")
     images = np.empty((len(files), size, size, 3), np.uint8)
     for i, file in enumerate(files):
         try:
@@ -476,7 +476,9 @@ class Pictures(Task):
 
     def __init__(self, args, saved):
         self.args, unit = args, args.fold * 2 ** (len(args.widths) - 1)
-        least = 28 if args.data in ("digits", "mnist", "fashion") else 8
+        if args.prompt is not None:
+            fail("--prompt goes with --task text")
+        least = 28 if args.data in ("digits", "mnist") else 8
         if args.size < least or args.size % unit:
             fail(f"--size must be {least} or more and a multiple of {unit}, for --fold and --widths halve it")
         self.x, self.y, self.test, self.test_y = self.load()
@@ -575,6 +577,8 @@ class Text(Task):
         self.args, unit, asked = args, args.fold * 2 ** (len(args.widths) - 1) * 4, (args.prompt or "").split()
         if args.size < 8 or args.size % unit:
             fail(f"--size must be 8 or more and a multiple of {unit}, for --fold and --widths halve it")
+        if args.data != "digits":
+            fail("--data goes with --task pictures and inpaint: text makes its own")
         if not set(asked) <= set(self.words) or len(asked) > 6:
             fail(f"--prompt must be up to six of these words:{' '.join(self.words)}")
         held = set(np.random.default_rng(5).permutation(len(CAPTIONS))[:64].tolist())
@@ -627,6 +631,8 @@ class Toy(Task):
 
     def __init__(self, args, saved):
         self.args = args
+        if args.data != "digits" or args.prompt is not None:
+            fail("--task toy makes its own points: leave --data and --prompt out")
 
     def noised(self, n, *key):
         rng = np.random.default_rng((self.args.seed, *key))

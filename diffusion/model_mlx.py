@@ -50,6 +50,10 @@ class Config:
     ema: float = 0.995  # pictures come from an average of the weights
     weight_decay: float = 0.0
 
+    def __post_init__(self):
+        if self.widths[0] % 2:
+            raise ValueError(f"widths: the first must be even, not {self.widths[0]}: half are sines of t, half cosines")
+
 
 # Torch's layers want (B, C, H, W), MLX's (B, H, W, C), as it is everywhere else here: hence these two classes.
 

@@ -6,7 +6,7 @@
 
 Tasks: pictures (of the class asked for); inpaint (the same net makes pictures with a hole whole); text (pictures of a
 text, in the latents of an autoencoder); toy (points, whose score is known in closed form).
---data: digits or flowers (drawn), mnist, fashion, cifar10, or your own folder of pictures.
+--data: digits or flowers (synthetic), mnist, cifar10, or your own folder of pictures.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C ends the program at once
@@ -38,7 +39,7 @@ DEFAULTS = {  # of the flags, task by task
 
 def defaults(asked):
     """What the flags are that are not given."""
-    grey = asked.data in ("digits", "mnist", "fashion") and asked.task != "text"
+    grey = asked.data in ("digits", "mnist") and asked.task != "text"
     return DEFAULTS[asked.task] | dict(size=28 if grey else 32)
 
 
@@ -49,9 +50,9 @@ def read_args():
     add = parser.add_argument_group("kept in the checkpoint; --resume refuses others").add_argument
     fixed = [
         add("--task", choices=TASKS, default="pictures", help="what there is to learn"),
-        add("--data", default="digits", help="digits, flowers, mnist, fashion, cifar10 or a folder"),
-        add("--count", type=within("[100, inf)", int), default=10000, help="digits, flowers or shapes to draw"),
-        add("--size", type=within("[8, 4096]", int), help="height and width: 28 or more of digits, mnist and fashion"),
+        add("--data", default="digits", help="digits, flowers, mnist, cifar10 or a folder"),
+        add("--count", type=within("[100, inf)", int), default=10000, help="digits, flowers or shapes to make"),
+        add("--size", type=within("[8, 4096]", int), help="height and width: 28 or more of digits and mnist"),
         add("--widths", type=within("[1, 65536]", int), nargs="+", help="channels of each level of the U-Net"),
         add("--fold", type=within("[1, 64]", int), help="squares of this side become channels"),
         add("--predict", choices=["v", "noise"], default="v", help="what the network says of a noised picture"),
@@ -124,15 +125,16 @@ def fit(trainer, task, args, start, memory):
         values.append({name: float(x) for name, x in task.evaluate(trainer).items()})
         for at, metrics in enumerate(values, done - len(pending)):
             if not all(map(math.isfinite, metrics.values())):
-                why = "lower --lr" if at > start else "look for NaN or huge numbers in the data and the weights"
+                why = "lower --lr" if at > start else "lower --lr, or look for NaN in the data and the weights"
                 fail(f"the loss is not finite at step {min(at, step)}: {why}{f'; {ckpt} is kept' * ckpt.exists()}")
-        if (first := not speed and not args.resume) and ckpt.exists():
-            shutil.copy2(ckpt, args.out / "ckpt.old.npz")
+        first = not speed and not args.resume
         try:
+            if first and ckpt.exists():
+                shutil.copy2(ckpt, args.out / "ckpt.old.npz")
             trainer.save(ckpt, done, **memory)
         except OSError as error:
             Path(f"{ckpt}.part").unlink(missing_ok=True)
-            fail(f"{ckpt} could not be written ({error.strerror}): make room there; an earlier one is kept")
+            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or name another --out")
         speed, left = (done - start) / busy, (args.steps - done) * busy / (done - start)
         figures = {**values[-2], **values[-1]}
         line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -163,7 +165,7 @@ def main():
     try:
         trainer = task.trainer(net, net.Config(**config))
         start = trainer.load(ckpt) if saved else 0
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
             raise
         fail(f"{ckpt} does not fit the model ({error!r}): train anew without --resume" if saved else error)
@@ -171,8 +173,6 @@ def main():
     print(f"{MODEL}: {args.backend} on {args.device}, {params:,} parameters; {task.about}; files go to {args.out}"
           f"{note}", flush=True)  # fmt: skip
     speed = fit(trainer, task, args, start, {**task.extra, "args": args.memory})
-    if args.rank:
-        return
     figures = task.evaluate(trainer, whole=True)
     more, files = task.report(trainer)
     files = [args.out / name for name in ("ckpt.npz", "log.jsonl", "curve.png", *files)]
@@ -184,6 +184,8 @@ def main():
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # numbers that are not finite are spoken of in fit
+    sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer letters
     try:
         main()
         sys.stdout.flush()

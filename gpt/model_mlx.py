@@ -35,14 +35,6 @@ class Config:
     weight_decay: float = 0.1
 
 
-GPT2 = {
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124 million parameters
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1,558
-}
-
-
 class KVCache:
     """Keys and values of the positions read so far: an array a layer, made once and written in place."""
 
@@ -308,6 +300,7 @@ class Trainer:
 
     def __init__(self, config, seed=0, device=None, accumulate=1, dtype="float32", compile=False):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
+        self.reference = None  # what keep_reference makes
         self.accumulate, self.dtype, (self.rank, self.size) = accumulate, getattr(mx, dtype), join()
         mx.set_default_device(getattr(mx, self.device))
         self.model = GPT(config)
@@ -365,18 +358,25 @@ class Trainer:
         self.model.eval()
         return {"val_loss": loss_fn(self.model(x), y, *weights)}
 
-    def log_prob(self, x, y):
+    def keep_reference(self):
+        """Keep the weights as they are as a second model: what log_prob and generate call the reference."""
+        self.reference = GPT(self.config)
+        set_weights(self.reference, get_weights(self.model))
+
+    def log_prob(self, x, y, reference=False):
         """log p of each token of y (B, T) after those of x (B, T) so far, numpy (B, T)."""
         x, y = self.arrays(x, y)
-        self.model.eval()
-        return np.array(log_prob(self.model(x), y))
+        model = self.reference if reference else self.model
+        model.eval()
+        return np.array(log_prob(model(x), y))
 
-    def generate(self, prompt, n, temperature=1.0, top_k=None, top_p=1.0, seed=0):
+    def generate(self, prompt, n, temperature=1.0, top_k=None, top_p=1.0, seed=0, reference=False):
         """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
         (idx,) = self.arrays(prompt)
         u = mx.array(np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32))
-        self.model.eval()
-        for token in generate(self.model, idx, u, temperature, top_k, top_p):
+        model = self.reference if reference else self.model
+        model.eval()
+        for token in generate(model, idx, u, temperature, top_k, top_p):
             yield np.array(token)
 
     def search(self, prompt, n, beam):
@@ -391,6 +391,8 @@ class Trainer:
         arrays = get_weights(self.model)
         arrays |= {f"m.{name}": np.array(m) for name, m in self.m.items()}
         arrays |= {f"v.{name}": np.array(v) for name, v in self.v.items()}
+        if self.reference is not None:
+            arrays |= {f"ref.{name}": w for name, w in get_weights(self.reference).items()}
         meta = {"model": "gpt", "config": asdict(self.config), "step": step, **extra}
         with open(f"{path}.part", "wb") as f:
             np.savez(f, meta=json.dumps(meta), **arrays)
@@ -401,6 +403,9 @@ class Trainer:
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
+        if "ref.wte.weight" in arrays:
+            self.keep_reference()
+            set_weights(self.reference, {name[4:]: w for name, w in arrays.items() if name.startswith("ref.")})
         self.t = meta["step"]
         for name in self.m:
             self.m[name] = mx.array(arrays[f"m.{name}"])

@@ -56,24 +56,20 @@ class Config:
     lora_targets: tuple = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     optimizer: str = "muon"  # muon or adamw
     weight_decay: float = 0.1
-    accumulate: int = 1  # the parts that a batch goes through the model in
 
     def __post_init__(self):
         self.head_size = self.n_embd // self.n_head
         self.reach = self.window + self.sinks if self.window else self.block_size  # what a cache has to hold
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of twice n_head, which is {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head, which is {self.n_head}")
+        if self.sinks >= self.reach:
+            raise ValueError(f"sinks {self.sinks} must be fewer than the tokens of the context, {self.reach}")
 
     def rank(self, name):
         """LoRA's in the matrices of this name; 0: none."""
         return self.lora_rank if name in self.lora_targets else 0
-
-
-LLAMA = {
-    "tiny": dict(n_layer=4, n_head=4, n_kv_head=2, n_embd=128, n_hidden=384),  # 0.8 million parameters
-    "135M": dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536),  # SmolLM2's
-    "1B": dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, n_hidden=8192, rope_theta=5e5),  # Llama 3.2's
-    "7B": dict(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, n_hidden=11008, tied=False),  # Llama 2's
-    "8B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_hidden=14336, tied=False, rope_theta=5e5),  # 3's
-}
 
 
 def rope_frequencies(config):
@@ -437,13 +433,14 @@ def join():
 class Trainer:
     """A Llama and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them.
 
+    weights: to start from, {name: numpy array}; accumulate: the parts that a batch is computed in, one after the other.
     Several processes, started by torchrun, share a batch; of the weights each holds a part, and has a layer's others
     while that layer is at work (FSDP).
     """
 
-    def __init__(self, config, seed=0, device=None, weights=None):
+    def __init__(self, config, seed=0, device=None, weights=None, accumulate=1):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
-        self.rank, self.size = join()
+        self.accumulate, (self.rank, self.size) = accumulate, join()
         if self.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         self.model = Llama(config).to(self.device)
@@ -467,7 +464,7 @@ class Trainer:
         """
         self.t += 1
         self.model.zero_grad()
-        n, loss, parts = int((y >= 0).sum()), 0.0, self.config.accumulate
+        n, loss, parts = int((y >= 0).sum()), 0.0, self.accumulate
         x, y = x[self.rank :: self.size], y[self.rank :: self.size]
         for part in zip(np.array_split(x, parts), np.array_split(y, parts)):
             x, y = self.arrays(*part)

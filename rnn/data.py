@@ -54,7 +54,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return getattr(action.type, "__name__", "text")
 
     def _get_help_string(self, action):
-        return action.help + " (default: %(default)s)" * (action.default not in (None, False, argparse.SUPPRESS))
+        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
 def read_meta(path, model):
@@ -64,8 +65,12 @@ def read_meta(path, model):
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
                 raise ValueError("a part is damaged or compressed")
             meta = json.loads(str(f["meta"]))
-        if not (isinstance(meta["config"], dict) and isinstance(meta["step"], int)):
-            raise ValueError("config is no table or step no number")
+        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        for name, value in meta["config"].items():
+            if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
+                raise ValueError(f"its {name} is {value}")
+        if not (isinstance(meta["step"], int) and meta["step"] >= 0):
+            raise ValueError(f"its step is {meta['step']}")
         if meta["model"] == model:
             return meta
         reason = f"it holds a model of {meta['model']}/, not of {model}/"
@@ -88,7 +93,7 @@ def parse(parser, model, fixed, kept, defaults):
     out = given.out or Path(__file__).resolve().with_name("out") / (given.task or parser.get_default("task"))
     if given.resume:
         saved = read_meta(out / "ckpt.npz", model)
-        known = {**saved["config"], **saved, **saved.get("args", {})}
+        known = {**saved, **saved["config"], **saved.get("args", {})}
         known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
     for flag in fixed:
         asked, there = getattr(given, flag.dest), known.get(flag.dest)
@@ -133,6 +138,7 @@ def record(out, row, first):
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
+    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
     for i, name in enumerate(names):
         y = np.array([row[name] for row in rows])
         height = (y - y.min()) / (np.ptp(y) or 1)

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C ends the program at once
@@ -124,15 +125,16 @@ def fit(trainer, task, args, start, memory):
         values.append({name: float(x) for name, x in task.evaluate(trainer).items()})
         for at, metrics in enumerate(values, done - len(pending)):
             if not all(map(math.isfinite, metrics.values())):
-                why = "lower --lr" if at > start else "look for NaN or huge numbers in the data and the weights"
+                why = "lower --lr" if at > start else "lower --lr, or look for NaN in the data and the weights"
                 fail(f"the loss is not finite at step {min(at, step)}: {why}{f'; {ckpt} is kept' * ckpt.exists()}")
-        if (first := not speed and not args.resume) and ckpt.exists():
-            shutil.copy2(ckpt, args.out / "ckpt.old.npz")
+        first = not speed and not args.resume
         try:
+            if first and ckpt.exists():
+                shutil.copy2(ckpt, args.out / "ckpt.old.npz")
             trainer.save(ckpt, done, **memory)
         except OSError as error:
             Path(f"{ckpt}.part").unlink(missing_ok=True)
-            fail(f"{ckpt} could not be written ({error.strerror}): make room there; an earlier one is kept")
+            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or name another --out")
         speed, left = (done - start) / busy, (args.steps - done) * busy / (done - start)
         figures = {**values[-2], **values[-1]}
         line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -163,7 +165,7 @@ def main():
     try:
         trainer = task.trainer(net, net.Config(**config))
         start = trainer.load(ckpt) if saved else 0
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
             raise
         fail(f"{ckpt} does not fit the model ({error!r}): train anew without --resume" if saved else error)
@@ -171,8 +173,6 @@ def main():
     print(f"{MODEL}: {args.backend} on {args.device}, {params:,} parameters; {task.about}; files go to {args.out}"
           f"{note}", flush=True)  # fmt: skip
     speed = fit(trainer, task, args, start, {**task.extra, "args": args.memory})
-    if args.rank:
-        return
     figures = task.evaluate(trainer, whole=True)
     more, files = task.report(trainer)
     files = [args.out / name for name in ("ckpt.npz", "log.jsonl", "curve.png", *files)]
@@ -184,6 +184,8 @@ def main():
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # numbers that are not finite are spoken of in fit
+    sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer letters
     try:
         main()
         sys.stdout.flush()

@@ -4,13 +4,15 @@ import ctypes.util
 import importlib.util
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -130,7 +132,7 @@ FOLDERS = {
         overfit=(150, 0.5),
         smoke=["--steps", "300"],
         learned=("accuracy", ">", 0.95),
-        files=["ckpt.npz", "sample.png"],
+        files=["sample.png"],
     ),
     "gpt": Folder(
         configs=[
@@ -146,7 +148,7 @@ FOLDERS = {
         overfit=(60, 0.3),
         smoke=["--steps", "40", "--block-size", "32", "--n-layer", "2", "--n-embd", "64", "--tokens", "100"],
         learned=("val_loss", "<", 2.9),
-        files=["ckpt.npz", "sample.txt"],
+        files=["sample.txt"],
     ),
     "autoencoder": Folder(
         configs=[
@@ -164,7 +166,7 @@ FOLDERS = {
         overfit=(150, 15.0),
         smoke=["--steps", "400", "--batch-size", "64", "--hidden", "128", "--count", "2000", "--lr", "6e-3"],
         learned=("nelbo", "<", 220.0),  # the mean of all pictures has 243
-        files=["ckpt.npz", "sample.png"],
+        files=["sample.png"],
     ),
     "cnn": Folder(
         configs=[
@@ -179,7 +181,7 @@ FOLDERS = {
         overfit=(60, 0.5),
         smoke=["--steps", "60", "--channels", "8", "16", "64", "--batch-size", "64"],
         learned=("accuracy", ">", 0.8),
-        files=["ckpt.npz", "sample.png", "filters.png"],
+        files=["sample.png", "filters.png"],
     ),
     "transformer": Folder(
         configs=[
@@ -198,7 +200,7 @@ FOLDERS = {
         overfit=(80, 1.2),
         smoke=["--steps", "60", "--width", "64", "--n-layer", "1", "--beam", "1"],
         learned=("accuracy", ">", 0.7),
-        files=["ckpt.npz", "sample.png"],
+        files=["sample.png"],
     ),
     "rnn": Folder(
         configs=[
@@ -215,7 +217,7 @@ FOLDERS = {
         overfit=(150, 0.5),
         smoke=["--steps", "60", "--n-hidden", "96", "--length", "32", "--tokens", "100"],
         learned=("val_loss", "<", 2.6),
-        files=["ckpt.npz", "sample.txt"],
+        files=["sample.txt"],
     ),
     "gan": Folder(
         configs=[
@@ -232,12 +234,12 @@ FOLDERS = {
         overfit=(19, 0.8),
         smoke="--steps 200 --model gan --size 28 --hidden 64 --count 300 --ema 0.9 --lr 2e-3".split(),
         learned=("frechet", "<", 450.0),
-        files=["ckpt.npz", "sample.png"],
+        files=["sample.png"],
     ),
     "llama": Folder(
         configs=[
             dict(SMALL_LLAMA, optimizer="adamw"),
-            dict(SMALL_LLAMA, n_kv_head=1, tied=False, rope="llama3", rope_factor=4.0, rope_context=8, accumulate=3),
+            dict(SMALL_LLAMA, n_kv_head=1, tied=False, rope="llama3", rope_factor=4.0, rope_context=8),
             dict(SMALL_LLAMA, n_kv_head=4, window=6, sinks=2, rope="linear", rope_factor=2.0, optimizer="adamw"),
         ],
         curve=[40, 20, 100],  # then the first turns chaotic: 1e-7 in its weights becomes 1e-3, in torch alone too; Muon
@@ -248,7 +250,7 @@ FOLDERS = {
         overfit=(60, 0.3),
         smoke=["--steps", "80", "--block-size", "32", "--n-layer", "2", "--n-embd", "64", "--tokens", "100"],
         learned=("val_loss", "<", 2.75),
-        files=["ckpt.npz", "sample.txt"],
+        files=["sample.txt"],
     ),
     "diffusion": Folder(
         configs=[
@@ -265,26 +267,56 @@ FOLDERS = {
         overfit=(100, 0.6),
         smoke="--steps 120 --widths 16 32 --count 500 --batch-size 16 --sample-steps 5".split(),
         learned=("val_loss", "<", 0.3),
-        files=["ckpt.npz", "sample.png"],
+        files=["sample.png"],
     ),
 }
 CASES = [(name, i) for name, folder in FOLDERS.items() for i in range(len(folder.configs))]
 SOME = [*((name, "mlx") for name in FOLDERS), ("mlp", "torch")]  # for what train.py does the same whatever the model
 
 
-def load(name, backend):
-    """The module NAME/model_BACKEND.py, under a name of its own."""
-    full = f"{name}_model_{backend}"
+def load_file(name, file):
+    """The module NAME/FILE.py, under a name of its own; train.py finds its own folder's data.py."""
+    full = f"{name}_{file}"
     if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, ROOT / name / f"model_{backend}.py")
+        if file == "train":
+            sys.modules["data"] = load_file(name, "data")
+        spec = importlib.util.spec_from_file_location(full, ROOT / name / f"{file}.py")
         sys.modules[full] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[full])
+        sys.modules.pop("data", None)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return sys.modules[full]
 
 
-def make_trainer(name, i, backend, seed=0, **changes):
+def load(name, backend):
+    return load_file(name, f"model_{backend}")
+
+
+def make_args(name, *argv, backend="torch"):
+    """The arguments that train.py makes of a command line, complete, as a task wants them."""
+    with mock.patch.object(sys, "argv", ["train.py", "--backend", backend, "--device", "cpu", *map(str, argv)]):
+        args, _ = load_file(name, "train").read_args()
+    args.rank, args.world = 0, 1
+    return args
+
+
+def make_task(name, *argv, saved=None):
+    """The task of a command line: its data loaded and split."""
+    args = make_args(name, *argv)
+    return load_file(name, "data").TASKS[args.task](args, saved)
+
+
+def make_run(name, *argv, backend="torch"):
+    """The task and the Trainer of a command line, as main() puts them together, and its learning rate by the step."""
+    task, net = make_task(name, *argv), load(name, backend)
+    flags = {key: x for key, x in task.args.memory.items() if key in net.Config.__dataclass_fields__ and x is not None}
+    trainer = task.trainer(net, net.Config(**flags | task.config))
+    return task, trainer, lambda step: load_file(name, "train").rate(step, task.args)
+
+
+def make_trainer(name, i, backend, seed=0, device="cpu", **changes):
     net = load(name, backend)
-    return net.Trainer(net.Config(**{**FOLDERS[name].configs[i], **changes}), seed=seed, device="cpu")
+    return net.Trainer(net.Config(**{**FOLDERS[name].configs[i], **changes}), seed=seed, device=device)
 
 
 def batches(name, i, n):
@@ -322,12 +354,18 @@ def run(folder, backend, *args):
     return process.returncode, out, err
 
 
-def smoke(name, backend):
-    """The short run of a folder, copied alone: its result line, with `out` and `wall` added."""
-    folder = copy_alone(name, Path(tempfile.mkdtemp(prefix=f"{name}_{backend}_")) / name)
-    began = time.perf_counter()
-    code, out, err = run(folder, backend, *FOLDERS[name].smoke)
+def result(folder, backend, *args):
+    """A run that must end well: its result line, where its files lie as `out`, and all that it `printed`."""
+    code, out, err = run(folder, backend, *args)
     assert code == 0, f"exit code {code}: {err}"
     last = out.splitlines()[-1]
     assert last.startswith("result "), f"the last line is no result: {last}"
-    return {**json.loads(last.removeprefix("result ")), "out": folder / "out", "wall": time.perf_counter() - began}
+    figures = json.loads(last.removeprefix("result "))
+    return {**figures, "out": Path(re.search("files go to (.+?)(;|$)", out, re.M)[1]), "printed": out}
+
+
+def smoke(name, backend, place):
+    """The short run of a folder, copied alone to `place`: its result line, with `out` and `wall` added."""
+    folder = copy_alone(name, Path(place) / f"{name}_{backend}")
+    began = time.perf_counter()
+    return {**result(folder, backend, *FOLDERS[name].smoke), "wall": time.perf_counter() - began}

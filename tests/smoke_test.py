@@ -5,19 +5,20 @@ untrained model misses, and looks at the files that it wrote. Needs the five pac
 """
 
 import sys
+import tempfile
 
 import numpy as np
 from folders import BACKENDS, FOLDERS, smoke
 from PIL import Image
 
 
-def check(name, backend):
+def check(name, backend, place):
     """The short run of one folder: raises AssertionError with the reason if anything is not as promised."""
-    folder, result = FOLDERS[name], smoke(name, backend)
+    folder, result = FOLDERS[name], smoke(name, backend, place)
     figure, sign, bound = folder.learned
     assert result["backend"] == backend and result["params"] > 0 and result["seconds"] <= result["wall"]
     assert (result[figure] > bound) == (sign == ">"), f"{figure} is {result[figure]:.3f}, not {sign} {bound}"
-    for file in folder.files:
+    for file in ("ckpt.npz", "log.jsonl", "curve.png", *folder.files):
         path = result["out"] / file
         assert str(path) in result["files"] and path.stat().st_size > 0, f"{file} is missing"
         if path.suffix == ".png":
@@ -32,9 +33,9 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("name", FOLDERS)
 
 
-def test_smoke(name):
+def test_smoke(name, tmp_path):
     """The short runs of both frameworks are as promised, and end at the same figure."""
-    a, b = (check(name, backend)[FOLDERS[name].learned[0]] for backend in BACKENDS)
+    a, b = (check(name, backend, tmp_path)[FOLDERS[name].learned[0]] for backend in BACKENDS)
     assert abs(a - b) < 0.01 * abs(b), f"{a} with torch, {b} with MLX"
 
 
@@ -43,7 +44,8 @@ def main():
     for name in [name for name in asked if name not in BACKENDS] or FOLDERS:
         for backend in [backend for backend in BACKENDS if backend in asked] or BACKENDS:
             try:
-                result, outcome = check(name, backend), "passed"
+                with tempfile.TemporaryDirectory() as place:
+                    result, outcome = check(name, backend, place), "passed"
                 figure = FOLDERS[name].learned[0]
                 text = f"{result['wall']:6.1f} s  {figure} {result[figure]:.4f}"
             except (AssertionError, OSError) as error:

@@ -1,30 +1,19 @@
 """The mathematics of autoencoder/ against other ways to the same figures; its codes, rivals, data and tasks."""
 
-import importlib.util
-import io
-import json
 import math
-import sys
-import tarfile
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from folders import BACKENDS, ROOT, batches, load, make_trainer
+from folders import BACKENDS, ROOT, batches, load, load_file, make_trainer, result
 from PIL import Image
+
+data = load_file("autoencoder", "data")
 
 
 def array(backend, x):
     return torch.from_numpy(x) if backend == "torch" else mx.array(x)
-
-
-@pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("autoencoder_train", ROOT / "autoencoder/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -138,151 +127,115 @@ def test_files(tmp_path):
         assert np.abs(files[1][name] - a).max() < 1e-3 * np.abs(a).max(), name
 
 
-def test_codes(train):
+def test_codes():
     """Latents to bytes and back: off by sigma in the root mean square, idle dimensions for nothing."""
     rng = np.random.default_rng(0)
     sigma = np.array([0.01, 0.05, 0.3, 1.0], np.float32)
     mu = np.float32(rng.normal(size=(5000, 4)) * [1, 1, 1, 0.001])
-    data = train.pack(mu, sigma)
-    back = train.unpack(data, 4)
+    packed = data.pack(mu, sigma)
+    back = data.unpack(packed, 4)
     assert back.shape == mu.shape and back.dtype == np.float32
-    assert (train.unpack(train.pack(back, sigma), 4) == back).all()
+    assert (data.unpack(data.pack(back, sigma), 4) == back).all()
     np.testing.assert_allclose((back - mu).std(0)[:3], sigma[:3], rtol=0.03)
     assert (back[:, 3] == 0).all()
     codes = np.rint(back / (math.sqrt(12) * sigma)).astype(int)
     counts = [np.unique(column, return_counts=True)[1] / len(mu) for column in codes.T]
     entropy = sum(-(p * np.log2(p)).sum() for p in counts) / 8
-    assert entropy < len(data) / len(mu) < 1.1 * entropy + 0.05
+    assert entropy < len(packed) / len(mu) < 1.1 * entropy + 0.05
 
 
-def test_codes_across(train):
+def test_codes_across():
     """What one framework encodes, the other decodes."""
     x = batches("autoencoder", 0, 1)[0][0]
     a, b = (make_trainer("autoencoder", 0, backend) for backend in BACKENDS)
     mu, sigma = a.encode(x)
-    z = train.unpack(train.pack(mu, sigma.mean(0) / 10), 5)
+    z = data.unpack(data.pack(mu, sigma.mean(0) / 10), 5)
     np.testing.assert_allclose(b.decode(z), a.decode(z), atol=1e-5)
     assert np.abs(b.decode(z) - b.reconstruct(x)).max() < 0.1 < np.ptp(b.decode(z))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "WebP"])
-def test_rival(train, form):
+def test_rival(form):
     """At least the bytes asked for, and the pictures come back whole and in their order; grey ones too."""
-    x = train.floats(train.make_flowers(30, 32, 0)[0])
-    small, big = (train.rival(form, x, size) for size in (3_000, 10_000))
+    x = data.floats(data.make_flowers(30, 32, 0)[0])
+    small, big = (data.rival(form, x, size) for size in (3_000, 10_000))
     assert 3_000 <= small[1] < 3_500 and 10_000 <= big[1] < 11_000
-    assert train.psnr(small[0], x) + 2 < train.psnr(big[0], x)
-    assert min(train.psnr(y, x_i) for y, x_i in zip(big[0], x)) > 22
-    grey, _ = train.rival(form, x[..., :1], 3_000)
-    assert grey.shape == (30, 32, 32, 1) and train.psnr(grey, x[..., :1]) > 25
+    assert data.psnr(small[0], x) + 2 < data.psnr(big[0], x)
+    assert min(data.psnr(y, x_i) for y, x_i in zip(big[0], x)) > 22
+    grey, _ = data.rival(form, x[..., :1], 3_000)
+    assert grey.shape == (30, 32, 32, 1) and data.psnr(grey, x[..., :1]) > 25
 
 
-def test_median(train):
-    x = train.floats(np.random.default_rng(0).integers(0, 256, (2, 9, 7, 3)).astype(np.uint8))
-    y = train.median(x)
+def test_median():
+    x = data.floats(np.random.default_rng(0).integers(0, 256, (2, 9, 7, 3)).astype(np.uint8))
+    y = data.median(x)
     assert y.shape == x.shape
     np.testing.assert_allclose(y[1, 4, 3], np.median(x[1, 3:6, 2:5].reshape(9, 3), 0), atol=1e-6)
 
 
-def test_psnr(train):
+def test_psnr():
     x = np.zeros((2, 4, 4, 1), np.float32)
-    assert train.psnr(x + np.float32(0.1), x) == pytest.approx(20, abs=1e-4)
+    assert data.psnr(x + np.float32(0.1), x) == pytest.approx(20, abs=1e-4)
 
 
-def test_flowers(train):
-    images, petals = train.make_flowers(60, 24, 5)
+def test_flowers():
+    images, petals = data.make_flowers(60, 24, 5)
     assert images.shape == (60, 24, 24, 3) and images.dtype == np.uint8 and set(petals) == set(range(4, 10))
-    assert (images == train.make_flowers(60, 24, 5)[0]).all() and (images != train.make_flowers(60, 24, 6)[0]).any()
+    assert (images == data.make_flowers(60, 24, 5)[0]).all() and (images != data.make_flowers(60, 24, 6)[0]).any()
     green = images[:, 0].mean((0, 1))  # the upper edge is grass
     assert green.argmax() == 1 and images[:, 12, 12].std(0).max() > 5
 
 
-def test_cifar10(train, tmp_path, monkeypatch):
-    """Records of a label and the planes red, green and blue become pictures that end in their channels."""
-    rows = np.zeros((6, 100, 3073), np.uint8)
-    rows[..., 0] = np.arange(6)[:, None]
-    rows[..., 1 + 1024 + 32 * 3 + 7] = 200  # green, line 3, column 7
-    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz", compresslevel=1) as tar:
-        for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
-            info.size = rows[i].nbytes
-            tar.addfile(info, io.BytesIO(rows[i].tobytes()))
-        info = tarfile.TarInfo("cifar-10-batches-bin/batches.meta.txt")
-        info.size = 9
-        tar.addfile(info, io.BytesIO(b"cat\ndog\n\n"[:9]))
-    monkeypatch.setenv("DATA_DIR", str(tmp_path))
-    (x_train, y_train, x_test, y_test), names = train.load_cifar10()
-    assert names == ["cat", "dog"]
-    assert x_train.shape == (500, 32, 32, 3) and x_test.shape == (100, 32, 32, 3)
-    assert (y_train[::100] == range(5)).all() and (y_test == 5).all()
-    assert (x_train[:, 3, 7] == [0, 200, 0]).all() and x_train[0].sum() == 200
-
-
-def test_folder(train, tmp_path):
+def test_folder(tmp_path):
     """Pictures of all sizes and modes, in subfolders too; other files are passed over."""
     for i, mode in enumerate(["RGB", "L", "RGBA", "P", "1"] * 4):
         file = tmp_path / f"{i % 3}" / f"{i:02}.{'png' if i % 2 else 'gif'}"
         file.parent.mkdir(exist_ok=True)
         Image.new(mode, (20 + i, 40 - i), 1 if mode in "P1" else None).save(file)
     (tmp_path / "notes.txt").write_text("no picture")
-    images, number, held, rest = train.read_folder(tmp_path, 16)
+    images, number, held, rest = data.read_folder(tmp_path, 16)
     assert images.shape == (18, 16, 16, 3) and held.shape == (2, 16, 16, 3)
     assert sorted([*number, *rest]) == list(range(20))
 
 
-def test_jitter(train):
+def test_jitter():
     """Bent about the middle: nothing at 0 but for a shift, the more the larger; every picture in its own way."""
-    x = train.make_digits(50, 0)[0][..., None]
-    bent = {amount: train.jitter(x, amount, np.random.default_rng(0)) for amount in (0.0, 0.06, 0.3)}
-    psnr = [train.psnr(train.floats(y), train.floats(x)) for y in bent.values()]
+    x = data.make_digits(50, 0)[0][..., None]
+    bent = {amount: data.jitter(x, amount, np.random.default_rng(0)) for amount in (0.0, 0.06, 0.3)}
+    psnr = [data.psnr(data.floats(y), data.floats(x)) for y in bent.values()]
     assert psnr[0] > psnr[1] + 2 > psnr[2] + 4
     rows, columns = np.nonzero(bent[0.06].mean(0)[..., 0] > 40)
     assert abs(rows.mean() - 13.5) < 1 and abs(columns.mean() - 13.5) < 1
-    same = train.jitter(np.repeat(x[:1], 2, 0), 0.06, np.random.default_rng(0))
+    same = data.jitter(np.repeat(x[:1], 2, 0), 0.06, np.random.default_rng(0))
     assert same.dtype == np.uint8 and (same[0] != same[1]).any()
-    assert train.jitter(np.zeros((2, 9, 7, 3), np.uint8), 0.1, np.random.default_rng(0)).shape == (2, 9, 7, 3)
-
-
-@pytest.fixture
-def result(train, tmp_path, monkeypatch, capsys):
-    """A function that runs main() of train.py here, with torch, and gives the result line; files go to tmp_path."""
-
-    def call(*args):
-        monkeypatch.syspath_prepend(str(ROOT / "autoencoder"))
-        monkeypatch.setattr(sys, "argv", ["train.py", "--backend", "torch", "--out", str(tmp_path), *args])
-        try:
-            train.main()
-        finally:
-            sys.modules.pop("model_torch", None)  # other folders have one of that name
-        return json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("result "))
-
-    return call
+    assert data.jitter(np.zeros((2, 9, 7, 3), np.uint8), 0.1, np.random.default_rng(0)).shape == (2, 9, 7, 3)
 
 
 SHORT = ["--steps", "400", "--batch-size", "64", "--hidden", "512", "--count", "2000", "--lr", "4e-3"]
 
 
-def test_denoise(result):
+def test_denoise(tmp_path):
     """A short run gains much over the noise and beats the median filter."""
-    figures = result("--task", "denoise", *SHORT)
+    figures = result(ROOT / "autoencoder", "torch", "--task", "denoise", *SHORT, "--out", tmp_path)
     assert 13 < figures["psnr_noisy"] < 13.3 and 17.5 < figures["psnr_median"] < 17.9
     assert figures["psnr"] > figures["psnr_median"] + 0.5
 
 
-def test_compress(result, tmp_path):
+def test_compress(tmp_path):
     """A short run beats JPEG, which can't make its file as small; the file has the size that the result says."""
-    figures = result("--task", "compress", *SHORT, "--std", "0.15")
+    figures = result(ROOT / "autoencoder", "torch", "--task", "compress", *SHORT, "--std", "0.15", "--out", tmp_path)
     assert figures["bytes"] < 0.9 * figures["bytes_jpeg"] and figures["bytes"] < 0.9 * figures["bytes_webp"]
     assert figures["psnr"] > figures["psnr_jpeg"] + 0.3
     assert (tmp_path / "test.codes").stat().st_size == pytest.approx(400 * figures["bytes"], abs=4)
     assert str(tmp_path / "test.codes") in figures["files"]
 
 
-def test_map(result, tmp_path):
+def test_map(tmp_path):
     """With two latents the picture has the map of their plane below the walks: 12 rows more, no two of them alike."""
     sizes = []
     for latent in ("3", "2"):
-        result("--steps", "60", "--batch-size", "32", "--hidden", "64", "--count", "500", "--latent", latent)
+        short = "--steps 60 --batch-size 32 --hidden 64 --count 500".split()
+        result(ROOT / "autoencoder", "torch", *short, "--latent", latent, "--out", tmp_path)
         with Image.open(tmp_path / "sample.png") as image:
             sizes.append(image.height)
             sheet = np.asarray(image, np.float32)

@@ -1,24 +1,32 @@
-"""A function that two folders share is the same text in both: the price of copying one folder, kept from drifting."""
+"""What two folders have under one name is the same text in both: the price of copying one folder."""
 
 import ast
 
 import pytest
-from folders import FOLDERS, ROOT
+from folders import FOLDERS, ROOT, load_file
 
-OWN = {"main", "load_data", "init_weights", "loss_fn", "generate"}  # one name, but each folder's own
-OWN |= {"get_weights", "set_weights", "to_numpy", "from_numpy"}
+OWN = {  # one name, but each folder's own
+    "train.py": {"read_args", "rate", "defaults"},
+    "data.py": {"BytePairs"},
+    "model_torch.py": {"init_weights", "loss_fn", "generate", "get_weights", "set_weights", "to_numpy", "from_numpy"},
+}
+OWN["model_mlx.py"] = OWN["model_torch.py"]
 
 
-def functions(file):
-    text = (ROOT / file).read_text(encoding="utf-8")
-    return {f.name: ast.get_source_segment(text, f) for f in ast.parse(text).body if isinstance(f, ast.FunctionDef)}
+def definitions(name, file):
+    """{name: text} of the functions, and of the classes but for models and tasks."""
+    text = (ROOT / name / file).read_text(encoding="utf-8")
+    tasks = {task.__name__ for task in load_file(name, "data").TASKS.values()}
+    own = OWN[file] | (tasks if file == "data.py" else set())
+    kinds = ast.FunctionDef if file.startswith("model") else (ast.FunctionDef, ast.ClassDef)
+    found = {node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body if isinstance(node, kinds)}
+    return {key: text for key, text in found.items() if key not in own}
 
 
-@pytest.mark.parametrize("file", ["train.py", "model_torch.py", "model_mlx.py"])
+@pytest.mark.parametrize("file", OWN)
 def test_copies(file):
     seen = {}
     for name in FOLDERS:
-        for function, text in functions(f"{name}/{file}").items():
-            if function not in OWN:
-                first = seen.setdefault(function, (name, text))
-                assert text == first[1], f"{function} differs between {first[0]}/{file} and {name}/{file}"
+        for key, text in definitions(name, file).items():
+            first = seen.setdefault(key, (name, text))
+            assert text == first[1], f"{key} differs between {first[0]}/{file} and {name}/{file}"

@@ -1,6 +1,5 @@
 """The mathematics of diffusion/ against closed forms; the samplers where the best guess is known; what it learns."""
 
-import importlib.util
 import json
 import math
 
@@ -9,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from folders import BACKENDS, ROOT, batches, copy_alone, load, make_trainer, run
+from folders import BACKENDS, batches, copy_alone, load, load_file, make_trainer, result
 from PIL import Image
+
+data = load_file("diffusion", "data")
 
 
 def array(backend, x):
@@ -19,20 +20,6 @@ def array(backend, x):
 
 def numpy(x):
     return x.detach().numpy() if isinstance(x, torch.Tensor) else np.array(x)
-
-
-@pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("diffusion_train", ROOT / "diffusion/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def result(folder, backend, *args):
-    code, out, err = run(folder, backend, *args)
-    assert code == 0, err
-    return json.loads(out.splitlines()[-1].removeprefix("result "))
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -277,26 +264,26 @@ def test_latents(backend):
 # ---- points ----------------------------------------------------------------------------------------------------------
 
 
-def test_density(train):
+def test_density():
     """The density sums to 1, its score is the slope of its logarithm, and points fall where it says."""
     for a in (1.0, 0.5, 0.01):
-        assert train.on_grid(a).sum() / 256 == pytest.approx(1, abs=2e-3)
+        assert data.on_grid(a).sum() / 256 == pytest.approx(1, abs=2e-3)
         x, h = np.random.default_rng(0).normal(0, 0.8, (20, 2)), 1e-5
         for i in (0, 1):
             step = h * np.eye(2)[i]
-            slope = np.log(train.density(x + step, a)[0] / train.density(x - step, a)[0]) / (2 * h)
-            np.testing.assert_allclose(train.density(x, a)[1][:, i], slope, rtol=1e-4, atol=1e-4)
-    points = train.draw_points(100_000, np.random.default_rng(0))
-    assert train.variation(train.histogram(points), train.on_grid(1.0)) < 0.01
-    assert train.variation(train.histogram(points), train.on_grid(0.3)) > 0.2
+            slope = np.log(data.density(x + step, a)[0] / data.density(x - step, a)[0]) / (2 * h)
+            np.testing.assert_allclose(data.density(x, a)[1][:, i], slope, rtol=1e-4, atol=1e-4)
+    points = data.draw_points(100_000, np.random.default_rng(0))
+    assert data.variation(data.histogram(points), data.on_grid(1.0)) < 0.01
+    assert data.variation(data.histogram(points), data.on_grid(0.3)) > 0.2
 
 
-def test_fokker_planck(train):
+def test_fokker_planck():
     """The equation carries the density of the data to what the closed form says; without the drift it does not."""
     for a, b in ((1.0, 0.8), (0.8, 0.1)):
-        p = train.fokker_planck(train.on_grid(a), math.log(a / b))
-        assert train.variation(p, train.on_grid(b), 1) < 0.015
-        assert train.variation(train.on_grid(a), train.on_grid(b), 1) > 0.15
+        p = data.fokker_planck(data.on_grid(a), math.log(a / b))
+        assert data.variation(p, data.on_grid(b), 1) < 0.015
+        assert data.variation(data.on_grid(a), data.on_grid(b), 1) > 0.15
 
 
 def test_toy(tmp_path):
@@ -308,19 +295,19 @@ def test_toy(tmp_path):
     assert first["score_error"] > 0.4 and last["score_error"] < 0.25
     for name in ("SDE", "ODE", "Langevin"):
         assert last[name] < 0.4 < first[name] - 0.1, (name, first[name], last[name])
-    with Image.open(folder / "out/sample.png") as image:
+    with Image.open(folder / "out/toy/sample.png") as image:
         assert image.size[0] > 700 and np.asarray(image.convert("L")).std() > 10
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def test_read_shape(train):
+def test_read_shape():
     """The check on what was drawn for a text: right on what draw_shape draws, wrong on other captions."""
     rng = np.random.default_rng(0)
-    images = [train.draw_shape(caption, rng) for caption in train.CAPTIONS]
-    assert train.right(images, train.CAPTIONS)["accuracy"] > 0.97
-    assert train.right(images, [*train.CAPTIONS[1:], train.CAPTIONS[0]])["accuracy"] < 0.1
+    images = [data.draw_shape(caption, rng) for caption in data.CAPTIONS]
+    assert data.right(images, data.CAPTIONS)["accuracy"] > 0.97
+    assert data.right(images, [*data.CAPTIONS[1:], data.CAPTIONS[0]])["accuracy"] < 0.1
 
 
 def test_tasks(tmp_path):
@@ -360,19 +347,19 @@ class Judge:
         return self.net(torch.from_numpy(x).permute(0, 3, 1, 2)).argmax(1).numpy()
 
 
-def test_quality(train, tmp_path):
+def test_quality(tmp_path):
     """A short run draws the digits asked for far more often than chance."""
     folder = copy_alone("diffusion", tmp_path / "diffusion")
     result(folder, "torch", "--steps", "150", "--count", "2000", "--sample-steps", "3")
-    images, labels = train.make_digits(5000, 7)
+    images, labels = data.make_digits(5000, 7)
     x, labels = np.float32(images[..., None] / 127.5 - 1), torch.from_numpy(labels)
     judge = Judge(x[:4000], labels[:4000])
     assert (judge(x[4000:]) == labels[4000:].numpy()).mean() > 0.93
     net, y = load("diffusion", "torch"), np.arange(60) % 10
-    with np.load(folder / "out/ckpt.npz") as f:
+    with np.load(folder / "out/pictures/ckpt.npz") as f:
         config = json.loads(str(f["meta"]))["config"]
     trainer = net.Trainer(net.Config(**config), device="cpu")
     assert (judge(trainer.sample(y, np.random.default_rng(0), steps=2)[-1]) == y).mean() < 0.25
-    trainer.load(folder / "out/ckpt.npz")
+    trainer.load(folder / "out/pictures/ckpt.npz")
     asked = trainer.sample(y, np.random.default_rng(0), steps=10, guidance=4.0)[-1]
     assert (judge(asked) == y).mean() > 0.3

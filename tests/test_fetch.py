@@ -3,22 +3,16 @@
 import functools
 import hashlib
 import http.server
-import importlib.util
 import threading
 
 import pytest
-from folders import ROOT
+from folders import copy_alone, load_file, run
 
 CONTENT = bytes(range(256)) * 4000
 MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
-@pytest.fixture(scope="module")
-def fetch():
-    spec = importlib.util.spec_from_file_location("gpt_train", ROOT / "gpt/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.fetch
+fetch = load_file("gpt", "data").fetch
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -42,7 +36,7 @@ def home():
     server.shutdown()
 
 
-def test_second_address(fetch, home, tmp_path, monkeypatch):
+def test_second_address(home, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     path = fetch("sets/a.bin", MD5, f"{home}/missing", f"{home}/short", f"{home}/other", f"{home}/good")
     assert path == tmp_path / "sets/a.bin" and path.read_bytes() == CONTENT
@@ -50,9 +44,17 @@ def test_second_address(fetch, home, tmp_path, monkeypatch):
     assert [file.name for file in (tmp_path / "sets").iterdir()] == ["a.bin"]
 
 
-def test_nothing_half(fetch, home, tmp_path, monkeypatch, capsys):
+def test_nothing_half(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     with pytest.raises(SystemExit) as stop:
         fetch("a.bin", MD5, f"{home}/short", f"{home}/other", "http://127.0.0.1:9/refused")
     assert stop.value.code == 2 and list(tmp_path.iterdir()) == []
     assert "DATA_DIR" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_folder_of_downloads(tmp_path):
+    """A folder data/ beside data.py, where downloads lie, does not stand in for it."""
+    folder = copy_alone("mlp", tmp_path / "mlp")
+    (folder / "data").mkdir()
+    code, _, err = run(folder, "mlx", "--steps", "2")
+    assert code == 0, err

@@ -1,7 +1,5 @@
 """The mathematics of gan/ against other ways to the same figures; what it learns, as a classifier sees it."""
 
-import importlib.util
-import json
 import math
 from functools import partial
 
@@ -11,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from folders import BACKENDS, ROOT, batches, copy_alone, load, make_trainer, run
+from folders import BACKENDS, batches, copy_alone, load, load_file, make_trainer, result
 from PIL import Image
+
+data = load_file("gan", "data")
 
 
 def array(backend, x):
@@ -21,20 +21,6 @@ def array(backend, x):
 
 def numpy(x):
     return x.detach().numpy() if isinstance(x, torch.Tensor) else np.array(x)
-
-
-@pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("gan_train", ROOT / "gan/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def result(folder, backend, *args):
-    code, out, err = run(folder, backend, *args)
-    assert code == 0, err
-    return {**json.loads(out.splitlines()[-1].removeprefix("result ")), "out": out}
 
 
 # ---- layers and losses -----------------------------------------------------------------------------------------------
@@ -198,48 +184,48 @@ def test_average(backend, tmp_path):
 # ---- the theory ------------------------------------------------------------------------------------------------------
 
 
-def test_theory(train):
+def test_theory():
     """Where q = p the value is -log 4, where they never meet it is 0; and no D does better than the best."""
     half = np.full(100, 0.5)
-    assert train.P.sum() == pytest.approx(1) and train.theory(train.P, half)["bound"] == pytest.approx(-math.log(4))
-    assert train.theory(train.P, half)["off"] == pytest.approx(0, abs=1e-9)
-    q = np.float64(train.P < 3e-4)
-    assert train.theory(q / q.sum(), half)["bound"] == pytest.approx(0, abs=0.02)
+    assert data.P.sum() == pytest.approx(1) and data.theory(data.P, half)["bound"] == pytest.approx(-math.log(4))
+    assert data.theory(data.P, half)["off"] == pytest.approx(0, abs=1e-9)
+    q = np.float64(data.P < 3e-4)
+    assert data.theory(q / q.sum(), half)["bound"] == pytest.approx(0, abs=0.02)
     rng = np.random.default_rng(0)
-    q = rng.random(100) * (train.GRID > -0.2)
-    q, best = q / q.sum(), train.P / (train.P + q / q.sum())
-    figures = train.theory(q, best)
+    q = rng.random(100) * (data.GRID > -0.2)
+    q, best = q / q.sum(), data.P / (data.P + q / q.sum())
+    figures = data.theory(q, best)
     assert figures["value"] == pytest.approx(figures["bound"], abs=1e-6) and figures["off"] < 1e-9
     for _ in range(20):
-        other = train.theory(q, (best + rng.normal(0, 0.1, 100)).clip(0.001, 0.999))
+        other = data.theory(q, (best + rng.normal(0, 0.1, 100)).clip(0.001, 0.999))
         assert other["value"] < figures["value"] and other["off"] > 0.01
-    m = (train.P + q) / 2  # and the divergence by its definition
+    m = (data.P + q) / 2  # and the divergence by its definition
     with np.errstate(divide="ignore", invalid="ignore"):
-        jsd = (np.nansum(train.P * np.log(train.P / m)) + np.nansum(q * np.log(q / m))) / 2
+        jsd = (np.nansum(data.P * np.log(data.P / m)) + np.nansum(q * np.log(q / m))) / 2
     assert figures["bound"] == pytest.approx(2 * jsd - math.log(4))
 
 
-def test_draw_p(train):
+def test_draw_p():
     """Samples of p fall on the grid as P says."""
-    x = train.draw_p(np.random.default_rng(0), (400, 500))
+    x = data.draw_p(np.random.default_rng(0), (400, 500))
     assert x.shape == (400, 500) and x.dtype == np.float32
     share = np.histogram(x, 100, (-1, 1))[0] / x.size
-    assert np.abs(share - train.P).max() < 6 * math.sqrt(train.P.max() / x.size)
+    assert np.abs(share - data.P).max() < 6 * math.sqrt(data.P.max() / x.size)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_best_discriminator(train, backend):
+def test_best_discriminator(backend):
     """G held still, D learns p / (p + q), and the value climbs to -log 4 + 2 JSD(p, q) and not above."""
     net, rng = load("gan", backend), np.random.default_rng(0)
     trainer = net.Trainer(net.Config([1, 1, 1], 4, [32, 32], "gan", ema=0.0), seed=0, device="cpu")
-    q, d = train.look_at_game(trainer, 0)
-    first = train.theory(q, d)
+    q, d = data.look_at_game(trainer, 0)
+    first = data.theory(q, d)
     for step in range(150):
-        x, z = train.draw_p(rng, (256, 1, 1, 1)), rng.standard_normal((256, 4), np.float32)
+        x, z = data.draw_p(rng, (256, 1, 1, 1)), rng.standard_normal((256, 4), np.float32)
         fake = array(backend, trainer.generate(z))
         loss = partial(net.discriminator_loss, trainer.model, array(backend, x), fake, None)
         trainer.update("discriminator", loss, 5e-3)
-    figures = train.theory(q, train.look_at_game(trainer, 0)[1])
+    figures = data.theory(q, data.look_at_game(trainer, 0)[1])
     assert first["off"] > 0.1 and first["value"] < first["bound"] - 0.1
     assert figures["bound"] == first["bound"] > -1.3
     assert figures["off"] < 0.05 and figures["bound"] - 0.05 < figures["value"] < figures["bound"]
@@ -260,13 +246,13 @@ def test_toy(tmp_path):
 # ---- data, figures, pictures -----------------------------------------------------------------------------------------
 
 
-def test_frechet(train):
+def test_frechet():
     """Normal samples against the closed form for covariances that commute; no distance to oneself."""
     rng, std = np.random.default_rng(0), np.array([[1, 2, 0.5], [2, 1, 0.5]])
     a, b = rng.standard_normal((2, 200_000, 3)) * std[:, None] + np.array([[0, 0, 0], [1, 0, 2]])[:, None]
     turn = np.linalg.qr(rng.standard_normal((3, 3)))[0]
-    assert train.frechet(a @ turn, b @ turn) == pytest.approx(5 + np.square(std[0] - std[1]).sum(), rel=0.02)
-    assert train.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert data.frechet(a @ turn, b @ turn) == pytest.approx(5 + np.square(std[0] - std[1]).sum(), rel=0.02)
+    assert data.frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
 def test_runs(tmp_path):
@@ -275,22 +261,22 @@ def test_runs(tmp_path):
     args = ["--data", "flowers", "--size", "16", "--count", "200", "--hidden", "8", "--loss", "wgan-gp"]
     args += ["--batch-size", "16", "--d-steps", "2"]
     first = result(folder, "torch", *args, "--steps", "6")
-    assert {"D(x)", "D(G(z))", "g_loss"} <= set(first["out"].split()) and "has won" not in first["out"]
-    heights = [Image.open(folder / "out/sample.png").height]
-    strips = {file.name: np.load(file) for file in (folder / "out/looks").iterdir()}
-    assert strips["00000006.npy"].shape == (12, 16, 16, 3)
-    assert (strips["00000000.npy"] != strips["00000006.npy"]).any()
-    result(folder, "mlx", *args, "--steps", "12", "--resume")
-    heights.append(Image.open(folder / "out/sample.png").height)
-    assert heights[1] > heights[0]
+    assert {"D(x)", "D(G(z))", "g_loss"} <= set(first["printed"].split()) and "has won" not in first["printed"]
+    heights = []
+    for backend, more in (("mlx", ["--steps", "6"]), ("torch", ["--steps", "12", "--resume"])):
+        ended = result(folder, backend, *args, *more)
+        with Image.open(ended["out"] / "looks.png") as looks, Image.open(ended["out"] / "sample.png") as sample:
+            assert looks.width == 12 * 16 and np.asarray(looks).std() > 0.5
+            heights.append((looks.height, sample.height))
+    assert heights[0][0] == 16 and heights[1] > heights[0]
 
 
 def test_won(tmp_path):
     """A discriminator that learns 20 times as fast wins, and the run says so."""
     folder = copy_alone("gan", tmp_path / "gan")
     args = ["--steps", "100", "--count", "200", "--model", "gan", "--hidden", "64", "--smoothing", "0"]
-    assert "discriminator has won" in result(folder, "mlx", *args, "--lr", "1e-4", "--d-lr", "20")["out"]
-    assert "discriminator has won" not in result(folder, "mlx", *args, "--d-lr", "0.01")["out"]
+    assert "discriminator has won" in result(folder, "mlx", *args, "--lr", "1e-4", "--d-lr", "20")["printed"]
+    assert "discriminator has won" not in result(folder, "mlx", *args, "--d-lr", "0.01")["printed"]
 
 
 # ---- what it learns --------------------------------------------------------------------------------------------------
@@ -318,21 +304,21 @@ class Judge:
         return torch.softmax(self.head(features), 1).numpy(), features.numpy()
 
 
-def test_quality(train, tmp_path):
+def test_quality(tmp_path):
     """A short run: all ten digits among the samples, the judge mostly sure of them, the features near the real ones."""
     folder = copy_alone("gan", tmp_path / "gan")
     args = ["--hidden", "8", "32", "--size", "28", "--count", "1500", "--ema", "0.98"]
     assert result(folder, "torch", *args, "--steps", "300")["frechet"] < 60
-    images, labels = train.make_digits(3000, 7)
-    x = train.centred(train.pixels((images - 40.0) / 105))[..., None].astype(np.float32) / 127.5 - 1
+    images, labels = data.make_digits(3000, 7)
+    x = data.centred(data.pixels((images - 40.0) / 105))[..., None].astype(np.float32) / 127.5 - 1
     judge = Judge(x[:2000], labels[:2000])
     sure, real = judge(x[2000:])
     assert (sure.argmax(1) == labels[2000:]).mean() > 0.9
     net, z = load("gan", "mlx"), np.random.default_rng(1).standard_normal((1000, 64), np.float32)
     trainer = net.Trainer(net.Config(hidden=[8, 32]), seed=0, device="cpu")
-    assert train.frechet(real, judge(trainer.generate(z))[1]) > 1500
-    trainer.load(folder / "out/ckpt.npz")  # torch trained it, MLX draws
+    assert data.frechet(real, judge(trainer.generate(z))[1]) > 1500
+    trainer.load(folder / "out/pictures/ckpt.npz")  # torch trained it, MLX draws
     sure, features = judge(trainer.generate(z))
     share = np.bincount(sure.argmax(1), minlength=10) / len(z)
     assert share.min() > 0.02 and share.max() < 0.4, share
-    assert sure.max(1).mean() > 0.7 and train.frechet(real, features) < 600
+    assert sure.max(1).mean() > 0.7 and data.frechet(real, features) < 600

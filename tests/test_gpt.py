@@ -1,7 +1,6 @@
 """gpt/ against GPT-2 as transformers computes it and against the frameworks' own layers; the cache; sampling; Muon."""
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -19,14 +18,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from folders import BACKENDS, FOLDERS, ROOT, batches, copy_alone, environment, load, make_trainer, run, start
+from folders import (
+    BACKENDS,
+    FOLDERS,
+    batches,
+    copy_alone,
+    environment,
+    load,
+    load_file,
+    make_task,
+    make_trainer,
+    run,
+    start,
+)
 from mlx.utils import tree_flatten
 
 GOLDEN = Path(__file__).parent / "golden/gpt2-tiny"
 TORCH, MLX = load("gpt", "torch"), load("gpt", "mlx")
-SPEC = importlib.util.spec_from_file_location("gpt_train", ROOT / "gpt/train.py")
-TRAIN = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(TRAIN)
+DATA = load_file("gpt", "data")
 
 
 def array(backend, x):
@@ -46,7 +55,7 @@ def randomised(backend, **changes):
 def test_golden(backend, tmp_path):
     """Weights of the released layout, logits and greedy tokens as transformers 5.23 computes them; and the way back."""
     net = load("gpt", backend)
-    meta, weights = TRAIN.read_model(GOLDEN)
+    meta, weights = DATA.read_model(GOLDEN)
     trainer = net.Trainer(net.Config(**meta["config"]), device="cpu")
     net.set_weights(trainer.model, weights)
     with np.load(GOLDEN / "expected.npz") as expected:
@@ -57,8 +66,8 @@ def test_golden(backend, tmp_path):
     new = [int(token[0]) for token in trainer.generate(ids[:1, :5], 12, temperature=0)]
     assert [*ids[0, :5], *new] == greedy.tolist()
     meta["config"] = vars(trainer.config)
-    TRAIN.export_gpt2(tmp_path, meta, net.get_weights(trainer.model))
-    there, back = dict(TRAIN.read_safetensors(GOLDEN)), dict(TRAIN.read_safetensors(tmp_path))
+    DATA.export_gpt2(tmp_path, meta, net.get_weights(trainer.model))
+    there, back = dict(DATA.read_safetensors(GOLDEN)), dict(DATA.read_safetensors(tmp_path))
     assert there.keys() == back.keys() and all((back[name] == w).all() for name, w in there.items())
     theirs, own = (json.loads((folder / "config.json").read_text()) for folder in (GOLDEN, tmp_path))
     same = {"model_type", "architectures", "n_positions", "vocab_size", "n_layer", "n_head", "n_embd"}
@@ -67,7 +76,7 @@ def test_golden(backend, tmp_path):
 
 def test_shards_and_types(tmp_path):
     """Several files, half precision, mask buffers, a head of its own and names without a prefix: all are read."""
-    weights = dict(TRAIN.read_safetensors(GOLDEN))
+    weights = dict(DATA.read_safetensors(GOLDEN))
     parts = [{}, {"h.0.attn.bias": np.ones((1, 1, 32, 32)), "lm_head.weight": weights["transformer.wte.weight"]}]
     for i, (name, w) in enumerate(weights.items()):
         parts[i % 2][name.removeprefix("transformer.")] = w
@@ -81,7 +90,7 @@ def test_shards_and_types(tmp_path):
         header = json.dumps(header).encode()
         (tmp_path / f"model-{i}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
     (tmp_path / "config.json").write_bytes((GOLDEN / "config.json").read_bytes())
-    whole, halves = TRAIN.read_model(GOLDEN)[1], TRAIN.read_model(tmp_path)[1]
+    whole, halves = DATA.read_model(GOLDEN)[1], DATA.read_model(tmp_path)[1]
     assert whole.keys() == halves.keys()
     for name, w in whole.items():
         np.testing.assert_allclose(halves[name], w, rtol=0.01, atol=1e-6)
@@ -109,18 +118,18 @@ def test_beam_search(backend):
 
 def test_bpe():
     """The merges of the paper's algorithm, and a text that comes back; the tokens are worth their place."""
-    kind, known = TRAIN.learn_tokenizer("bpe", TRAIN.load_text(None), 100)
+    kind, known = DATA.learn_tokenizer("bpe", DATA.load_text(None), 100)
     ranks = {bytes.fromhex(token): rank for rank, token in enumerate(known)}
     assert kind == "bpe" and len(ranks) == 356 and {b" the", b" is"} < set(ranks) and ranks[b"a"] == ord("a")
-    tokenizer, text = TRAIN.make_tokenizer(kind, known), "The na\u00efve \u4e2d class\n\n  returns 12."
+    tokenizer, text = DATA.make_tokenizer(kind, known), "The na\u00efve \u4e2d class\n\n  returns 12."
     ids = tokenizer.encode(text)
     assert b"".join(map(tokenizer.decode, ids.tolist())).decode() == text and tokenizer.vocab_size == 356
-    assert len(tokenizer.encode(TRAIN.load_text(None)[:5000])) < 3500
+    assert len(tokenizer.encode(DATA.load_text(None)[:5000])) < 3500
 
 
 def test_stop_strings():
     """The text ends before the first stop string, also where that is spread over tokens, and nothing else is lost."""
-    letters = TRAIN.Characters("abcdefgh")
+    letters = DATA.Characters("abcdefgh")
 
     def streamed(text, *stop):
         class Said:
@@ -128,7 +137,7 @@ def test_stop_strings():
                 yield from letters.encode(text)[:, None]
 
         args = argparse.Namespace(beam=1, tokens=9, temperature=1, top_k=None, top_p=1, seed=0, stop=stop)
-        return "".join(TRAIN.stream(Said(), letters, letters.encode("a"), args))
+        return "".join(DATA.stream(Said(), letters, letters.encode("a"), args))
 
     assert streamed("abcabdh") == "abcabdh" and streamed("abcabdh", "abd") == "abc"
     assert streamed("abcabdh", "h", "bd") == "abca" and streamed("abcab", "abd") == "abcab"
@@ -137,7 +146,7 @@ def test_stop_strings():
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="GPT-2's tokens may have to be downloaded")
 def test_gpt2_tokens():
-    tokenizer = TRAIN.make_tokenizer("gpt2", None)
+    tokenizer = DATA.make_tokenizer("gpt2", None)
     assert tokenizer.encode("Hello world").tolist() == [15496, 995] and tokenizer.vocab_size == 50257
 
 
@@ -371,7 +380,7 @@ def test_tokens_are_checked(backend):
 @pytest.mark.parametrize("size, millions", [("gpt2", 124.4), ("gpt2-xl", 1557.6)])
 def test_sizes(size, millions):
     with torch.device("meta"):
-        model = TORCH.GPT(TORCH.Config(**TORCH.GPT2[size]))
+        model = TORCH.GPT(TORCH.Config(**load_file("gpt", "train").GPT2[size]))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
@@ -413,7 +422,7 @@ def test_estimator(backend, group):
     assert p.sum() == pytest.approx(1, abs=1e-5) and np.ptp(p) > 0.1
     for drawn in np.ndindex(*[9] * group):
         i = list(drawn)
-        np.add.at(weights, i, p[i].prod() * TRAIN.advantages(reward[i], (ours - theirs)[i], group, beta))
+        np.add.at(weights, i, p[i].prod() * DATA.advantages(reward[i], (ours - theirs)[i], group, beta))
     weights = array(backend, (own * weights[:, None]).astype(np.float32))
 
     def objective():
@@ -431,8 +440,8 @@ def test_estimator(backend, group):
 def test_dialogues():
     """Sums that are right, and those held out are never in a dialogue; only what the assistant says is learnt."""
     rng = np.random.default_rng(0)
-    dialogues = [TRAIN.draw_dialogue(rng) for _ in range(500)]
-    held_out = [TRAIN.draw_sum(rng, held_out=True) for _ in range(500)]
+    dialogues = [DATA.draw_dialogue(rng) for _ in range(500)]
+    held_out = [DATA.draw_sum(rng, held_out=True) for _ in range(500)]
     seen = {text for dialogue in dialogues for _, text in dialogue}
     for question, answer, result in held_out:
         a, sign, b = question.removeprefix("What is ").removesuffix("?").split()
@@ -441,40 +450,43 @@ def test_dialogues():
         first, second, end = answer.split("=")
         assert end == result and eval(first) == int(re.match(r"\d+", second)[0]) and eval(second) == int(result)
         assert question not in seen and (sign == "minus" or other not in seen)
-    letters = TRAIN.Characters("".join(sorted(set("assistant user" + string.printable + TRAIN.END))))
-    args = argparse.Namespace(block_size=90, data=None, seed=0, batch_size=4)
-    x, y, weights = TRAIN.Chat(None, letters, args, dialogues).batch(3)
+    letters = DATA.Characters("".join(sorted(set("assistant user" + string.printable + DATA.END))))
+    x, y, weights = make_task("gpt", "--task", "chat", "--block-size", 90, "--batch-size", 4).batch(3)
     assert x.shape == y.shape == weights.shape and x.shape[1] <= 90 and (x[:, 1:] == y[:, :-1]).all()
     assert weights.sum() == pytest.approx(1) and len(np.unique(weights)) == 2
     for row, weight in zip(y, weights):
         text = "".join(letters.decode(i).decode() for i in row)
         learnt = "".join(letters.decode(i).decode() for i in row[weight > 0])
-        said = [part.split("\n", 1)[1] for part in text.split(TRAIN.END) if part.startswith("assistant\n")]
-        assert TRAIN.END.join(said).startswith(learnt.rstrip(TRAIN.END)) and len(learnt) >= len("".join(said))
+        said = [part.split("\n", 1)[1] for part in text.split(DATA.END) if part.startswith("assistant\n")]
+        assert DATA.END.join(said).startswith(learnt.rstrip(DATA.END)) and len(learnt) >= len("".join(said))
 
 
-def test_answers_are_weighed():
+def test_answers_are_weighed(tmp_path):
     """Of what is said to a sum only the answer counts, to its END: upwards if the result is right, else downwards."""
-    tokenizer = TRAIN.Characters("".join(sorted({*string.printable, TRAIN.END})))
+    tokenizer = DATA.Characters("".join(sorted({*string.printable, DATA.END})))
 
     class Scripted:
-        def generate(self, prompts, n, temperature, seed):
+        def generate(self, prompts, n, temperature, seed, reference):
             asked = b"".join(map(tokenizer.decode, prompts[0])).decode()
             a, word, b = re.search(r"(\d+) (plus|minus) (\d+)", asked).groups()
             result = str(int(a) + int(b) if word == "plus" else int(a) - int(b))
             self.said = [result, f"9+9={result}", f"{result}=x", "no"]
-            rows = [tokenizer.encode((text + TRAIN.END).ljust(n, "z")) for text in self.said]
+            rows = [tokenizer.encode((text + DATA.END).ljust(n, "z")) for text in self.said]
             yield from np.stack(rows, 1)
 
-        def log_prob(self, x, y):
+        def log_prob(self, x, y, reference=False):
             return np.zeros(x.shape, np.float32)
 
-    trainer, args = Scripted(), argparse.Namespace(seed=0, batch_size=4, group=4, beta=0.1)
-    x, y, weights = TRAIN.Reward(trainer, tokenizer, args, trainer).batch(3)
+    config = TORCH.Config(block_size=64, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8)
+    TORCH.Trainer(config, device="cpu").save(tmp_path / "ckpt.npz", 1, tokenizer=["chars", tokenizer.alphabet])
+    flags = ["--init", tmp_path / "ckpt.npz", "--batch-size", 4, "--group", 4, "--beta", 0.1]
+    task = make_task("gpt", "--task", "rl", *flags)
+    task.policy = trainer = Scripted()
+    x, y, weights = task.batch(3)
     assert (x[:, 1:] == y[:, :-1]).all()
     for row, text, weight in zip(range(4), trainer.said, (1, 1, -1, -1)):
         counts = weights[row] != 0
-        assert b"".join(map(tokenizer.decode, y[row][counts])).decode() == text + TRAIN.END
+        assert b"".join(map(tokenizer.decode, y[row][counts])).decode() == text + DATA.END
         np.testing.assert_allclose(weights[row][counts], weight / 6, rtol=1e-6)  # (1 - 1/3) / 4 and (0 - 2/3) / 4
 
 
@@ -490,7 +502,7 @@ def test_chat_and_reward(tmp_path):
     assert json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"] < 0.2
     weights = []
     for more in (["--steps", "1"], ["--beta", "0"], ["--beta", "5"]):
-        rl = "--task rl --init out/ckpt.npz --steps 3 --group 2 --out two".split() * (len(weights) > 0)
+        rl = "--task rl --init out/chat/ckpt.npz --steps 3 --group 2 --out two".split() * (len(weights) > 0)
         code, out, err = run(folder, "mlx", *args, *rl, *more)
         figures = json.loads(out.splitlines()[-1].removeprefix("result "))
         assert code == 0 and {"reward", "reward_before"} <= {*figures} if rl else "accuracy" in figures, err
@@ -507,12 +519,12 @@ def test_optimizers_and_shapes_of_the_command_line(tmp_path):
     more = "--decay cosine --warmup 2 --prompt ab --tokens 9 --temperature 0 --top-k 3 --top-p 0.9 --lr 0.001"
     code, out, err = run(folder, "mlx", *flags.split(), *more.split())
     assert code == 0, err
-    with np.load(folder / "out/ckpt.npz") as f:
+    with np.load(folder / "out/text/ckpt.npz") as f:
         meta, names = json.loads(str(f["meta"])), set(f.files)
     shape = dict(block_size=6, vocab_size=10, n_layer=3, n_head=2, n_embd=8, dropout=0.1, optimizer="adamw")
     assert shape.items() <= meta["config"].items() and meta["tokenizer"] == ["chars", "\n abcdefgh"]
     assert "h.2.attn.c_attn.weight" in names and "h.3.attn.c_attn.weight" not in names
-    assert len((folder / "out/sample.txt").read_text(encoding="utf-8")) == 11
+    assert len((folder / "out/text/sample.txt").read_text(encoding="utf-8")) == 11
     again = ["--data", "own.txt", "--steps", "0", "--resume", "--tokens", "5"]
     code, out, err = run(folder, "torch", *again, "--prompt", "Ab")
     assert code == 2 and "alphabet lacks 'A'" in err
@@ -520,7 +532,7 @@ def test_optimizers_and_shapes_of_the_command_line(tmp_path):
     out, err = process.communicate("hgf")
     assert process.returncode == 0 and "\nhgf" in out, err
     losses = [json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"]]
-    for init in ("out/ckpt.npz", "hf"):  # from a checkpoint to Hugging Face's layout, and from there
+    for init in ("out/text/ckpt.npz", "hf"):  # from a checkpoint to Hugging Face's layout, and from there
         args = ["--data", "own.txt", "--init", init, "--steps", "0", "--out", "two", "--prompt", "ab", "--beam", "2"]
         code, out, err = run(folder, "mlx", *args, "--export-hf", "hf")
         assert code == 0, err
@@ -536,10 +548,10 @@ def test_bpe_travels(tmp_path):
     args = "--tokenizer bpe --merges 20 --n-layer 1 --n-embd 32 --block-size 16 --steps 30 --prompt the".split()
     code, out, err = run(folder, "mlx", "--data", "own.txt", *args)
     assert code == 0, err
-    more = ["--init", "out/ckpt.npz", "--data", "other.txt", "--out", "two", *args]
+    more = ["--init", "out/text/ckpt.npz", "--data", "other.txt", "--out", "two", *args]
     for steps, bound in (("0", 2.5), ("60", 1.0)):
         code, out, err = run(folder, "mlx", *more, "--steps", steps)
         loss = json.loads(out.splitlines()[-1].removeprefix("result "))["val_loss"]
         assert code == 0 and (loss > bound) == (steps == "0"), (loss, err)
-    with np.load(folder / "out/ckpt.npz") as a, np.load(folder / "two/ckpt.npz") as b:
+    with np.load(folder / "out/text/ckpt.npz") as a, np.load(folder / "two/ckpt.npz") as b:
         assert json.loads(str(a["meta"]))["tokenizer"] == json.loads(str(b["meta"]))["tokenizer"]

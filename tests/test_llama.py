@@ -1,7 +1,6 @@
 """llama/ against transformers and closed forms: real weights, tokens, the rolling cache, LoRA, few bits, dialogues."""
 
 import base64
-import importlib.util
 import json
 import socket
 import subprocess
@@ -12,19 +11,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from folders import BACKENDS, ROOT, copy_alone, environment, load, make_trainer, run, start
+from folders import BACKENDS, copy_alone, environment, load, load_file, make_trainer, run, start
 from test_gpt import array
+
+data = load_file("llama", "data")
 
 GOLDEN = Path(__file__).parent / "golden"
 TORCH = load("llama", "torch")
-
-
-@pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("llama_train", ROOT / "llama/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def randomised(backend, **changes):
@@ -45,9 +38,9 @@ def logits(backend, trainer, idx):
 
 @pytest.mark.parametrize("name", ["llama-tiny", "llama3-tiny"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_golden(backend, name, train):
+def test_golden(backend, name, ):
     """A model from the disk: logits and greedy tokens as transformers 5.23 computes them, llama3's positions too."""
-    net, (config, weights) = load("llama", backend), train.load_llama(GOLDEN / name)
+    net, (config, weights) = load("llama", backend), data.load_llama(GOLDEN / name)
     trainer = net.Trainer(net.Config(**config), device="cpu", weights=weights)
     with np.load(GOLDEN / name / "expected.npz") as expected:
         ids, theirs, greedy = expected["ids"].astype(np.int64), expected["logits"], expected["greedy"]
@@ -58,16 +51,16 @@ def test_golden(backend, name, train):
 
 def test_rope():
     """rotate is MLX's own rope; linear is the same with positions closer together; llama3 keeps fast pairs only."""
-    config = TORCH.Config(n_head=2, n_embd=32)
+    config = TORCH.Config(n_head=2, n_kv_head=2, n_embd=32)
     x = np.random.default_rng(0).normal(size=(2, 3, 7, 16)).astype(np.float32)
     for changes, scale in (dict(), 1.0), (dict(rope="linear", rope_factor=4.0), 0.25):
-        f = TORCH.rope_frequencies(TORCH.Config(n_head=2, n_embd=32, **changes))
+        f = TORCH.rope_frequencies(TORCH.Config(n_head=2, n_kv_head=2, n_embd=32, **changes))
         ours = TORCH.rotate(torch.from_numpy(x), TORCH.rope(torch.arange(5, 12), torch.from_numpy(f)))
         theirs = mx.fast.rope(mx.array(x), 16, traditional=False, base=config.rope_theta, scale=scale, offset=5)
         np.testing.assert_allclose(ours.numpy(), np.array(theirs), atol=1e-5)
-    llama3 = TORCH.Config(n_head=2, n_embd=128, rope="llama3", rope_factor=8.0, rope_context=100)
-    ratio = TORCH.rope_frequencies(TORCH.Config(n_head=2, n_embd=128)) / TORCH.rope_frequencies(llama3)
-    turns = 100 * TORCH.rope_frequencies(TORCH.Config(n_head=2, n_embd=128)) / (2 * np.pi)
+    llama3 = TORCH.Config(n_head=2, n_kv_head=2, n_embd=128, rope="llama3", rope_factor=8.0, rope_context=100)
+    ratio = TORCH.rope_frequencies(TORCH.Config(n_head=2, n_kv_head=2, n_embd=128)) / TORCH.rope_frequencies(llama3)
+    turns = 100 * TORCH.rope_frequencies(TORCH.Config(n_head=2, n_kv_head=2, n_embd=128)) / (2 * np.pi)
     np.testing.assert_allclose(ratio[turns > 4], 1, rtol=1e-5)
     np.testing.assert_allclose(ratio[turns < 1], 8, rtol=1e-5)
     assert ((1 < ratio) & (ratio < 8)).sum() >= 3
@@ -194,7 +187,7 @@ def test_lora_is_small():
 def test_sizes(size, millions):
     with torch.device("meta"):
         vocab = {"135M": 49152, "7B": 32000}.get(size, 128256)
-        model = TORCH.Llama(TORCH.Config(vocab_size=vocab, **TORCH.LLAMA[size]))
+        model = TORCH.Llama(TORCH.Config(vocab_size=vocab, **data.SIZES[size]))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
@@ -234,7 +227,8 @@ def test_accumulate(backend):
     y = np.where(np.arange(16) < 3 + np.arange(6)[:, None] * 2, y, -1)
     weights, losses = [], []
     for parts in (1, 3):
-        trainer = make_trainer("llama", 0, backend, accumulate=parts)
+        trainer = make_trainer("llama", 0, backend)
+        trainer.accumulate = parts
         losses.append([float(trainer.step(x, y, lr=1e-3)["loss"]) for _ in range(5)])
         weights.append(load("llama", backend).get_weights(trainer.model))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
@@ -314,10 +308,10 @@ def by_hand(text, kind, tokens):
 
 
 @pytest.mark.parametrize("kind", ["ByteLevel", "Digits", "Split"])
-def test_tokenizer(kind, train, tmp_path):
+def test_tokenizer(kind, tmp_path):
     """tiktoken's numbers, looked up, are those of byte-level BPE done step by step, on strings that are hard to cut."""
     tokens = write_tokenizer(tmp_path, kind, strings=kind == "Digits")
-    tokenizer = train.Tokens(tmp_path)
+    tokenizer = data.Tokens(tmp_path)
     for text in TRICKY:
         ids = tokenizer.encode(text)
         assert ids.tolist() == by_hand(text, kind, tokens), repr(text)
@@ -327,21 +321,21 @@ def test_tokenizer(kind, train, tmp_path):
     assert tokenizer.encode("<|im_end|>", special=True).tolist() == [2] != tokenizer.encode("<|im_end|>").tolist()
 
 
-def test_tokenizer_lacks_a_byte(train, tmp_path):
+def test_tokenizer_lacks_a_byte(tmp_path):
     """SmolLM2 has no token for some control characters: they are left out."""
     write_tokenizer(tmp_path, "Digits")
     t = json.loads((tmp_path / "tokenizer.json").read_text())
     del t["model"]["vocab"][LETTER[4]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(t))
-    tokenizer = train.Tokens(tmp_path)
+    tokenizer = data.Tokens(tmp_path)
     assert tokenizer.encode("a\x04b").tolist() == tokenizer.encode("ab").tolist()
 
 
-def test_dialogue(train, tmp_path):
+def test_dialogue(tmp_path):
     """ChatML and Llama 3's form to the letter; what the assistant says is marked; a user's <|im_end|> is only text."""
     messages = [("system", "Be brief."), ("user", "Hi <|im_end|>\n"), ("assistant", "Hello!"), ("user", "Bye 12")]
     write_tokenizer(tmp_path, "Digits")
-    chatml = train.Tokens(tmp_path)
+    chatml = data.Tokens(tmp_path)
     ids, own = chatml.dialogue(messages)
     text = b"".join(chatml.decode(int(i)) for i in ids).decode()
     assert text == (
@@ -353,7 +347,7 @@ def test_dialogue(train, tmp_path):
     (tmp_path / "llama3").mkdir()
     lines = [base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)] + [base64.b64encode(b"He") + b" 256"]
     (tmp_path / "llama3/tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
-    llama3 = train.Tokens(tmp_path / "llama3")
+    llama3 = data.Tokens(tmp_path / "llama3")
     ids, own = llama3.dialogue(messages[1:3])
     text = b"".join(llama3.decode(int(i)) for i in ids).decode()
     assert text == (
@@ -412,7 +406,7 @@ def test_program(backend, tmp_path):
     assert tuned["val_loss"] < 0.6 < 2 < first["val_loss"] and " 3,328 of them" in out
     ended, _ = result(folder, backend, *args, "--resume", "--steps", 80, "--bits", 8)
     assert ended["val_loss"] == pytest.approx(tuned["val_loss"], abs=0.1)
-    talk = ["--resume", "--steps", 0, "--out", "out/merged", "--chat", "--system", ""]
+    talk = ["--resume", "--steps", 0, "--out", "out/chat/merged", "--chat", "--system", ""]
     said, out = result(folder, backend, *args, *talk, typed="the sea?\n")
     assert "> in the hell\n" in out and "val_loss" not in said
     assert (folder / said["files"][-1]).read_text() == "user: the sea?\n\nassistant: in the hell\n\n"
@@ -455,4 +449,4 @@ def test_lengths(tmp_path):
     assert plain["perplexity_16"] == pytest.approx(plain["perplexity"], rel=1e-6)
     assert plain["perplexity_64"] > 1.1 * plain["perplexity_16"] > window["perplexity_64"]
     assert linear["perplexity_16"] > 1.1 * plain["perplexity_16"]
-    assert len((folder / "out/sample.txt").read_text()) == 302
+    assert len((folder / "out/text/sample.txt").read_text()) == 302

@@ -1,7 +1,5 @@
 """rnn/: by hand against built in, state carried over, gradients through time, and the data of its four tasks."""
 
-import importlib.util
-import json
 import math
 import wave
 
@@ -10,23 +8,16 @@ import mlx.nn as mlx_nn
 import numpy as np
 import pytest
 import torch
-from folders import BACKENDS, ROOT, copy_alone, load, run
+from folders import BACKENDS, copy_alone, load, load_file, make_task, result
 from mlx.utils import tree_flatten
 from PIL import Image
 
+data = load_file("rnn", "data")
 CELLS = ["rnn", "lstm", "gru"]
 
 
 def array(backend, x):
     return torch.from_numpy(np.ascontiguousarray(x)) if backend == "torch" else mx.array(x)
-
-
-@pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("rnn_train", ROOT / "rnn/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def randomised(backend, **changes):
@@ -195,31 +186,29 @@ def test_ids_are_checked(backend):
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def test_streams(train):
+def test_streams():
     """A row of a batch goes on where the same row of the last one ended, and says so."""
-    args = train.argparse.Namespace(data=None, length=16, batch_size=4, prompt="a", n_embd=8, seed=0)
-    text = train.Text(args, None)
+    text = make_task("rnn", "--length", 16, "--batch-size", 4)
     (x, y, keep), (x2, _, keep2) = text.batch(0), text.batch(1)
     assert (y[:, :-1] == x[:, 1:]).all() and (y[:, -1] == x2[:, 0]).all() and not keep.any() and keep2.all()
     again = text.batch(len(text.train) // 4 // 16 + 1)
     assert (again[0] != x2).any()
 
 
-def test_table(train, tmp_path, capsys):
+def test_table(tmp_path, capsys):
     """Columns that are no numbers are named and left out; gaps are filled forward, a leading one backward."""
     rows = "".join(f"2020-{i},{'' if i % 10 == 3 else i},{'NA' if i < 2 else i * i},sun,5\n" for i in range(40))
     (tmp_path / "a.csv").write_text("day,a,b,sky,five\n" + rows)
-    names, table = train.read_table(tmp_path / "a.csv")
+    names, table = data.read_table(tmp_path / "a.csv")
     assert names == ["a", "b"] and table.shape == (40, 2)
     assert table[13, 0] == 12 and table[14, 0] == 14 and table[0, 1] == table[2, 1] == 4
     said = capsys.readouterr().out
     assert "left out: day, sky, five" in said and "filled forward: 6" in said
 
 
-def test_series(train):
+def test_series():
     """No window looks past its time, none of the training part reaches into what is held out; the season is found."""
-    args = train.argparse.Namespace(data=None, window=30, horizon=24, batch_size=500, seed=0)
-    series = train.Series(args, None)
+    series = make_task("rnn", "--task", "series", "--window", 30, "--batch-size", 500)
     assert series.season == 24 and series.cut == 14016 and series.starts.min() == series.cut
     series.table = np.arange(len(series.table), dtype=np.float32)[:, None].repeat(5, 1)
     x, y = series.batch(0)
@@ -238,19 +227,19 @@ def test_series(train):
     assert (truth - answers["seasonal"] == 24).all()
 
 
-def test_mu_law(train):
+def test_mu_law():
     x = np.linspace(-1, 1, 4001)
-    code = train.mu_law(x)
+    code = data.mu_law(x)
     assert code.min() == 0 and code.max() == 255 and (np.diff(code) >= 0).all()
-    assert (train.mu_law(train.from_mu_law(np.arange(256))) == np.arange(256)).all()
-    error = np.abs(train.from_mu_law(code) - x)
+    assert (data.mu_law(data.from_mu_law(np.arange(256))) == np.arange(256)).all()
+    error = np.abs(data.from_mu_law(code) - x)
     assert error.max() < 0.025 and error[np.abs(x) < 0.01].max() < 5e-4  # quiet samples have finer steps
 
 
-def test_log_mel(train):
+def test_log_mel():
     """One frame by the sum of the discrete Fourier transform, and the triangles one by one."""
     x = np.random.default_rng(0).normal(size=500)
-    mels, n = train.log_mel(x, 24), np.arange(160)
+    mels, n = data.log_mel(x, 24), np.arange(160)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * n / 160)
     k = np.arange(81)
     power = np.abs(np.exp(-2j * np.pi * np.outer(k, n) / 160) @ (x[128:288] * window)) ** 2
@@ -262,27 +251,26 @@ def test_log_mel(train):
     assert mels.shape == (3, 24)
 
 
-def test_wav(train, tmp_path):
+def test_wav(tmp_path):
     """What is written is read again; 8 bits, two channels and other rates too."""
     x = 0.7 * np.sin(2 * np.pi * 440 * np.arange(4000) / 8000)
-    train.write_wav(tmp_path / "a.wav", x)
-    np.testing.assert_allclose(train.read_wav(tmp_path / "a.wav"), x[:-1], atol=1e-4)
+    data.write_wav(tmp_path / "a.wav", x)
+    np.testing.assert_allclose(data.read_wav(tmp_path / "a.wav"), x[:-1], atol=1e-4)
     with wave.open(str(tmp_path / "b.wav"), "wb") as f:
         f.setparams((2, 1, 16000, 0, "NONE", ""))
         loud = np.sin(2 * np.pi * 440 * np.arange(8000) / 16000)
         f.writeframes(np.stack([loud * 100 + 128, loud * 40 + 128], 1).round().astype(np.uint8).tobytes())
-    np.testing.assert_allclose(train.read_wav(tmp_path / "b.wav"), x[:4000], atol=0.2)
-    assert len(train.read_wav(tmp_path / "b.wav")) == 4000
+    np.testing.assert_allclose(data.read_wav(tmp_path / "b.wav"), x[:4000], atol=0.2)
+    assert len(data.read_wav(tmp_path / "b.wav")) == 4000
 
 
-def test_speakers(train, tmp_path):
+def test_speakers(tmp_path):
     """All recordings of one speaker are held out, and none of another; other files are passed over."""
     for i, (label, speaker) in enumerate([(a, b) for a in ("yes", "no") for b in ("ann", "bob", "cy")] * 2):
-        train.write_wav(tmp_path / f"{label}_{speaker}_{i}.wav", np.random.default_rng(i).normal(0, 0.1, 3000))
+        data.write_wav(tmp_path / f"{label}_{speaker}_{i}.wav", np.random.default_rng(i).normal(0, 0.1, 3000))
     (tmp_path / "readme_of_this.txt").write_text("no sound")
-    args = train.argparse.Namespace(data=str(tmp_path), held_out="bob", batch_size=64, seed=0)
-    speech = train.Speech(args, None)
-    _, _, speakers = train.read_speech(tmp_path)
+    speech = make_task("rnn", "--task", "speech", "--data", tmp_path, "--held-out", "bob", "--batch-size", 64)
+    _, _, speakers = data.read_speech(tmp_path)
     assert {speakers[i] for i in speech.val} == {"bob"} and {speakers[i] for i in speech.train} == {"ann", "cy"}
     assert speech.names == ["no", "yes"] and len(speech.val) == 4
     x, y = speech.batch(0)
@@ -295,25 +283,19 @@ def test_speakers(train, tmp_path):
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def result(folder, backend, *args):
-    code, out, err = run(folder, backend, *args)
-    assert code == 0, err
-    return json.loads(out.splitlines()[-1].removeprefix("result ")), out
-
-
 def test_tasks(tmp_path):
     """Short runs: the series beat both baselines, speech is recognised, said, and the gradients are shown."""
     folder = copy_alone("rnn", tmp_path / "rnn")
-    figures, out = result(folder, "torch", "--task", "series", "--steps", "80", "--window", "36", "--n-hidden", "32",
-                          "--lr", "0.02")  # fmt: skip
-    assert figures["skill"] > 0.1 and "persistence" in out
-    figures, _ = result(folder, "torch", "--task", "speech", "--steps", "40", "--lr", "0.01", "--impl", "builtin")
-    assert figures["accuracy"] > 0.6
-    figures, _ = result(folder, "mlx", "--task", "speak", "--steps", "4", "--n-hidden", "16")
-    assert str(folder / "out/7.wav") in figures["files"]
-    with wave.open(str(folder / "out/7.wav")) as f:
+    series = ["--task", "series", "--steps", "80", "--window", "36", "--n-hidden", "32", "--lr", "0.02"]
+    ended = result(folder, "torch", *series)
+    assert ended["skill"] > 0.1 and "persistence" in ended["printed"]
+    speech = ["--task", "speech", "--steps", "40", "--lr", "0.01", "--impl", "builtin"]
+    assert result(folder, "torch", *speech)["accuracy"] > 0.6
+    ended = result(folder, "mlx", "--task", "speak", "--steps", "4", "--n-hidden", "16")
+    assert str(ended["out"] / "7.wav") in ended["files"]
+    with wave.open(str(ended["out"] / "7.wav")) as f:
         assert f.getframerate() == 8000 and 1000 < f.getnframes() <= 4096
-    figures, out = result(folder, "torch", "--task", "gradients", "--steps", "60", "--n-hidden", "32")
-    assert figures["rnn_0.9"] < 0.1 and figures["rnn_2.0"] > 30 * figures["rnn_0.9"] and "not clipped" in out
-    with Image.open(folder / "out/sample.png") as image:
+    ended = result(folder, "torch", "--task", "gradients", "--steps", "60", "--n-hidden", "32")
+    assert ended["rnn_0.9"] < 0.1 and ended["rnn_2.0"] > 30 * ended["rnn_0.9"] and "not clipped" in ended["printed"]
+    with Image.open(ended["out"] / "sample.png") as image:
         assert np.asarray(image.convert("L")).std() > 8

@@ -1,6 +1,5 @@
 """transformer/: attention by hand, nn.Transformer with the same weights, beam search, BLEU, byte pairs, drawn data."""
 
-import importlib.util
 import itertools
 import json
 import math
@@ -10,19 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from folders import BACKENDS, ROOT, batches, copy_alone, load, make_trainer, run
+from folders import BACKENDS, batches, copy_alone, load, load_file, make_trainer, run
+
+data = load_file("transformer", "data")
 
 
 def array(backend, x):
     return torch.from_numpy(x) if backend == "torch" else mx.array(x)
-
-
-@pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("transformer_train", ROOT / "transformer/train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -174,13 +167,13 @@ def test_beam_search(backend, alpha):
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def test_numbers(train):
+def test_numbers():
     """Numerals as they are written, and each way back."""
     known = {0: "零", 10: "十", 12: "十二", 110: "一百一十", 105: "一百零五", 12300: "一萬二千三百", 10001: "一萬零一",
              1000100: "一百萬零一百", 1001000: "一百萬一千", 100001000: "一億零一千", 20000000: "二千萬"}  # fmt: skip
-    assert {n: train.to_chinese(n) for n in known} == known
-    assert train.to_english(12300) == "twelve thousand three hundred" and train.to_english(0) == "zero"
-    assert train.to_english(999_021_115).split()[:5] == "nine hundred ninety nine million".split()
+    assert {n: data.to_chinese(n) for n in known} == known
+    assert data.to_english(12300) == "twelve thousand three hundred" and data.to_english(0) == "zero"
+    assert data.to_english(999_021_115).split()[:5] == "nine hundred ninety nine million".split()
 
     def value(text):
         total, group, digit = 0, 0, 0
@@ -195,19 +188,19 @@ def test_numbers(train):
 
     rng = np.random.default_rng(0)
     drawn = [int(rng.integers(0, 10 ** rng.integers(1, 10))) for _ in range(3000)]
-    assert all(value(train.to_chinese(n)) == n for n in drawn)
-    assert len({train.to_english(n) for n in drawn}) == len(set(drawn))
+    assert all(value(data.to_chinese(n)) == n for n in drawn)
+    assert len({data.to_english(n) for n in drawn}) == len(set(drawn))
 
 
-def test_labels_of_attention(train):
+def test_labels_of_attention():
     """Pillow's font has no umlauts and no Chinese: other letters stand for them, never the box of a missing one."""
     p = np.full((1, 1), 0.5)
     for word, plain in (("Fünf", "Funf"), ("Äöß", "Aoss"), ("億", "10^8")):
-        drawn, wanted, box = (np.array(train.draw_attention(p, ["a"], [text])) for text in (word, plain, "\u2603"))
+        drawn, wanted, box = (np.array(data.draw_attention(p, ["a"], [text])) for text in (word, plain, "\u2603"))
         assert (drawn == wanted).all() and (drawn != box).any()
 
 
-def test_bleu(train):
+def test_bleu():
     """The example that sacreBLEU publishes, 48.53; sentences that are the same; and the smoothing by hand."""
     answers = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
     references = [
@@ -215,20 +208,20 @@ def test_bleu(train):
         ["It was not unexpected.", "No one was surprised."],
         ["The man bit him first.", "The man had bitten the dog."],
     ]
-    assert train.bleu(answers, references) == pytest.approx(48.53, abs=0.005)
-    assert train.bleu(answers, [[answer] for answer in answers]) == pytest.approx(100)
+    assert data.bleu(answers, references) == pytest.approx(48.53, abs=0.005)
+    assert data.bleu(answers, [[answer] for answer in answers]) == pytest.approx(100)
     # 3 of 4 words, 1 of 3 pairs, then 0 of 2 and 0 of 1, which count as 1 / (2 2) and 1 / (4 1); 4 words, not 5
     expected = 100 * math.exp(1 - 5 / 4) * (3 / 4 * 1 / 3 * 1 / 4 * 1 / 4) ** 0.25
-    assert train.bleu(["a b x d"], [["a b c d e"]]) == pytest.approx(expected)
+    assert data.bleu(["a b x d"], [["a b c d e"]]) == pytest.approx(expected)
 
 
-def test_byte_pairs(train):
+def test_byte_pairs():
     """The merges of a slow and plain way to the same; and text comes back from the tokens, of any alphabet."""
     text = "low low low lower lowest newer newer wider wide \u00fcber \u00fcber aaaa aaa " * 3
-    words = [[bytes([b]) for b in word.encode()] for word in train.re.findall(train.WORDS, text)]
+    words = [[bytes([b]) for b in word.encode()] for word in data.re.findall(data.WORDS, text)]
     slow = [bytes([b]) for b in range(256)]
     while len(slow) < 256 + 20:
-        counts = train.Counter(pair for word in words for pair in zip(word, word[1:]))
+        counts = data.Counter(pair for word in words for pair in zip(word, word[1:]))
         a, b = min(counts, key=lambda pair: (-counts[pair], pair))
         slow.append(a + b)
         for word in words:
@@ -237,27 +230,27 @@ def test_byte_pairs(train):
                 if word[i : i + 2] == [a, b]:
                     word[i : i + 2] = [a + b]
                 i += 1
-    ranks = train.learn_bpe(text, 20)
+    ranks = data.learn_bpe(text, 20)
     assert list(ranks) == slow and list(ranks.values()) == list(range(276))
-    tokens = train.BytePairs(ranks)
+    tokens = data.BytePairs(ranks)
     for sentence in (text, "Stra\u00dfe, 12.5 \u4e2d\u6587", " two  blanks\n"):
         assert tokens.decode(tokens.encode(sentence)) == sentence
     assert len(tokens.encode("lower newer")) < 6
 
 
-def test_shapes(train):
+def test_shapes():
     """The pictures show what the captions say, and no two draws are the same."""
     rng, means = np.random.default_rng(0), {}
-    for place in train.PLACES:
-        image = train.draw_shape(f"big red circle {place}", rng).astype(float)
+    for place in data.PLACES:
+        image = data.draw_shape(f"big red circle {place}", rng).astype(float)
         red = image[..., 0] - image[..., 1:].max(-1) > 60
         rows, columns = np.nonzero(red)
         means[place] = rows.mean() / 32, columns.mean() / 32
         assert 0.1 < red.mean() < 0.25
     assert means["on the left"][1] < 0.35 and means["on the right"][1] > 0.6
     assert means["at the top"][0] < 0.35 and means["at the bottom"][0] > 0.6
-    assert len(train.CAPTIONS) == len(set(train.CAPTIONS)) == 480
-    a, b = (train.draw_shape("small blue star at the top", rng) for _ in range(2))
+    assert len(data.CAPTIONS) == len(set(data.CAPTIONS)) == 480
+    a, b = (data.draw_shape("small blue star at the top", rng) for _ in range(2))
     assert (a != b).mean() > 0.5
 
 

@@ -38,17 +38,26 @@ def test_top_level():
 @pytest.mark.parametrize("name", FOLDERS)
 def test_files(name):
     files = {path.name for path in (ROOT / name).iterdir()} - {"out", "data", "__pycache__", ".DS_Store"}
-    assert {"model_torch.py", "model_mlx.py", "train.py"} <= files
-    assert files <= {"model_torch.py", "model_mlx.py", "train.py", "sample.png"}
+    four = {"model_torch.py", "model_mlx.py", "data.py", "train.py"}
+    assert four <= files <= four | {"sample.png"}
     if "sample.png" in files:
         assert (ROOT / name / "sample.png").stat().st_size < 100_000
 
 
-@pytest.mark.parametrize("file", ["model_torch.py", "model_mlx.py", "train.py"])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_short(name):
+    """train.py stays short, and so does its main."""
+    lines = (ROOT / name / "train.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= (200 if name in ("mlp", "cnn") else 250)
+    main = next(f for f in parse(name, "train.py").body if getattr(f, "name", "") == "main")
+    assert main.end_lineno - main.lineno < 60
+
+
+@pytest.mark.parametrize("file", ["model_torch.py", "model_mlx.py", "data.py", "train.py"])
 @pytest.mark.parametrize("name", FOLDERS)
 def test_imports(name, file):
-    framework = {"model_torch.py": {"torch"}, "model_mlx.py": {"mlx"}, "train.py": set()}[file]
-    allowed = set(sys.stdlib_module_names) | PACKAGES | framework | OPTIONAL.get(name, set())
+    own = {"model_torch.py": {"torch"}, "model_mlx.py": {"mlx"}, "data.py": set(), "train.py": {"data"}}[file]
+    allowed = set(sys.stdlib_module_names) | PACKAGES | own | OPTIONAL.get(name, set())
     for node in ast.walk(parse(name, file)):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed

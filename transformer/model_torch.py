@@ -50,6 +50,12 @@ class Config:
     optimizer: str = "muon"  # muon or adamw
     weight_decay: float = 0.0
 
+    def __post_init__(self):
+        if self.width % 2 or self.width % self.n_head:
+            raise ValueError(f"width {self.width} must be even and a multiple of n_head, which is {self.n_head}")
+        if self.model != "seq2seq" and any(side % self.patch for side in self.image[:2]):
+            raise ValueError(f"patch {self.patch} must divide height and width of the pictures, {self.image[:2]}")
+
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,590 @@
+"""What there is to learn: pictures like those of a set, and a game in one dimension, whose best moves are known.
+
+One class a task, all in numpy. A new task is one more class, named in TASKS at the end.
+"""
+
+import argparse
+import atexit
+import gzip
+import hashlib
+import json
+import math
+import os
+import sys
+import zlib
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+# ---- what every folder has, the same to the letter -------------------------------------------------------------------
+
+
+def fail(message):
+    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
+    print("train.py:", " ".join(str(message).split())[:1000], file=sys.stderr)
+    raise SystemExit(2)
+
+
+def within(span, kind=float):
+    """A type for add_argument: a number inside the interval `span`, such as "[0, 1)"; --help shows it."""
+    low, high = map(float, span[1:-1].split(","))
+
+    def number(text):
+        x = kind(text)
+        if low < x < high or (x == low and span[0] == "[") or (x == high and span[-1] == "]"):
+            return x
+        raise ValueError
+
+    number.__name__ = f"{kind.__name__} in {span}"
+    return number
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help with the docstring as it stands, the range of each number, and the defaults."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "__name__", "text")
+
+    def _get_help_string(self, action):
+        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
+def read_meta(path, model):
+    """What Trainer.save wrote beside the arrays: config, step and more. Reads the whole file, so damage shows here."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
+                raise ValueError("a part is damaged or compressed")
+            meta = json.loads(str(f["meta"]))
+        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        for name, value in meta["config"].items():
+            if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
+                raise ValueError(f"its {name} is {value}")
+        if not (isinstance(meta["step"], int) and meta["step"] >= 0):
+            raise ValueError(f"its step is {meta['step']}")
+        if meta["model"] == model:
+            return meta
+        reason = f"it holds a model of {meta['model']}/, not of {model}/"
+    except FileNotFoundError:
+        fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
+    except Exception as error:
+        reason = f"damaged: {error!r}"
+    fail(f"{path} is no checkpoint to go on from ({reason}): train anew without --resume, or name another --out")
+
+
+def parse(parser, model, fixed, kept, defaults):
+    """The arguments; and with --resume what the checkpoint remembers, else None.
+
+    A flag that is not given is as in the checkpoint, or as defaults() says. A resumed run may not change those of
+    `fixed`; it may change those of `kept`, which a checkpoint remembers, too.
+    """
+    given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
+    parser.error, parser.formatter_class, saved, known = fail, Help, None, {}
+    parser.parse_known_args(namespace=given)
+    out = given.out or Path(__file__).resolve().with_name("out") / (given.task or parser.get_default("task"))
+    if given.resume:
+        saved = read_meta(out / "ckpt.npz", model)
+        known = {**saved, **saved["config"], **saved.get("args", {})}
+        known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
+    for flag in fixed:
+        asked, there = getattr(given, flag.dest), known.get(flag.dest)
+        if None not in (asked, there) and asked != there and flag.dest != "data":  # those are compared by their content
+            fail(f"{flag.option_strings[0]} {asked} contradicts {out / 'ckpt.npz'}, which has {there}: leave it out")
+    known |= {"data": given.data} if given.data else {}
+    parser.set_defaults(out=out, **known)
+    parser.set_defaults(**{**defaults(parser.parse_known_args()[0]), **known})
+    parser.add_argument("-h", "--help", action="help", help="show this and end")
+    args = parser.parse_args()
+    args.memory = {flag.dest: getattr(args, flag.dest) for flag in fixed + kept}
+    if saved:
+        saved["config"] |= {flag.dest: args.memory[flag.dest] for flag in kept if flag.dest in saved["config"]}
+    return args, saved
+
+
+def claim(args):
+    """Make the folder args.out this run's own until it ends; returns what its first line has to say of that."""
+    if args.rank:
+        return ""
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock, ckpt = args.out / "lock", args.out / "ckpt.npz"
+    try:
+        if (pid := int(lock.read_text())) != os.getpid():
+            os.kill(pid, 0)  # no signal: it asks whether there is such a process
+            fail(f"{args.out} is in use by process {pid}: wait for its end, or name another --out")
+    except (FileNotFoundError, ProcessLookupError, ValueError):
+        lock.unlink(missing_ok=True)  # of a run that was killed
+    with open(lock, "x") as f:
+        f.write(str(os.getpid()))
+    atexit.register(lock.unlink, missing_ok=True)
+    if args.resume or not args.steps:
+        return "" if args.resume or getattr(args, "init", None) else "; nothing is trained: the weights are random"
+    return "; the checkpoint there becomes ckpt.old.npz" if ckpt.exists() else ""
+
+
+def record(out, row, first):
+    """Append {figure: number} to OUT/log.jsonl, or begin it anew, and draw what is in it as OUT/curve.png."""
+    log, names = out / "log.jsonl", [name for name in row if "step" not in name]
+    rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
+    rows = [old for old in rows if old["step"] < row["step"]] + [row]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
+    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
+    for i, name in enumerate(names):
+        y = np.array([row[name] for row in rows])
+        height = (y - y.min()) / (np.ptp(y) or 1)
+        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
+        draw.line(list(zip(20 + 1240 * x / x[-1], 280 * i + 260 - 190 * height)), (31, 119, 180), 5, joint="curve")
+    image.reduce(2).save(out / "curve.png")
+
+
+def digest(*arrays):
+    """A hash of what is learned from: by it a checkpoint knows its data, whatever their file is called."""
+    parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
+    return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
+
+
+def fetch(file, md5, *urls):
+    """The path of a public file: $DATA_DIR/file, or data/file beside this script; downloaded once if not there."""
+    path = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / file
+    if path.exists():
+        return path
+    part = path.with_name(path.name + ".part")
+    for url in urls:
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with urlopen(url, timeout=20) as answer, open(part, "wb") as f:
+                size = int(answer.headers.get("Content-Length") or 0)
+                while block := answer.read(1 << 18):
+                    f.write(block)
+                    print(f"\r{url}  {f.tell() / 1e6:.1f} of {size / 1e6:.1f} MB", end="\n"[f.tell() < size :],
+                          file=sys.stderr)  # fmt: skip
+            if hashlib.md5(part.read_bytes()).hexdigest() != md5:
+                raise OSError("the file is not the expected one (MD5 differs)")
+            return part.replace(path)
+        except (OSError, HTTPException) as error:
+            part.unlink(missing_ok=True)
+            reason = error
+    fail(f"{file} could not be downloaded ({reason}): put it at {path}, or set DATA_DIR to the folder that has it")
+
+
+class Task:
+    """What train.py asks of a task. To add your own, write a class like those below and name it in TASKS.
+
+    Beside what stands here: batch(step), the arrays of Trainer.step, drawn from (seed, step); and
+    evaluate(trainer, whole=False), {figure: number} on data held out, for a log line of a part of them.
+    """
+
+    config, extra, about = {}, {}, ""  # its part of the model's Config; what a checkpoint must know of it; a line
+    tokens = 0  # of a step, where tokens are counted
+
+    def trainer(self, net, config):
+        """The Trainer that learns it."""
+        return net.Trainer(config, seed=self.args.seed, device=self.args.device)
+
+    def report(self, trainer):
+        """At the end: more figures, and the names of the files that it wrote to args.out."""
+        return {}, []
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+IDX = {  # the two homes of a set, and the MD5 sums of its four files
+    "mnist": (
+        "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
+        "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c",
+    ),
+}
+
+
+def load_idx(name):
+    """A set of IDX: images (N, 28, 28) uint8 and labels (N,) of the training part, then of the test part."""
+    homes, sums, arrays = *map(str.split, IDX[name]), []
+    for stem, md5 in zip(("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"), sums):
+        path = fetch(f"{name}/{stem}-ubyte.gz", md5, *(f"{home}/{stem}-ubyte.gz" for home in homes))
+        try:
+            raw = gzip.decompress(path.read_bytes())
+            shape = np.frombuffer(raw, ">i4", raw[3], 4)  # bytes 0, 0, type and rank; then the sizes, big-endian
+            arrays.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape))
+        except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+            fail(f"{path} is damaged ({error}): delete it, and it will be downloaded again")
+    return arrays
+
+
+def make_digits(n, seed):
+    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); each has its own stroke, size, turn, shear and shift."""
+    rng = np.random.default_rng((seed, 28))
+    font, glyphs = ImageFont.load_default(60), {}
+    for digit in range(10):
+        for stroke in range(4):
+            glyphs[digit, stroke] = image = Image.new("L", (84, 84))
+            ImageDraw.Draw(image).text((42, 42), str(digit), 255, font, anchor="mm", stroke_width=stroke)
+    labels, strokes = rng.integers(0, 10, n), rng.integers(0, 4, n)
+    turn, shear, size = rng.normal(0, 0.15, n), rng.normal(0, 0.15, n), rng.uniform(0.8, 1.25, n)
+    # the corners (x, y) of the square of the glyph that becomes the image: nw, sw, se, ne
+    x, y = np.array([-1, -1, 1, 1])[:, None] * 36 / size, np.array([-1, 1, 1, -1])[:, None] * 36 / size
+    x = x + shear * y
+    x, y = np.cos(turn) * x - np.sin(turn) * y, np.sin(turn) * x + np.cos(turn) * y
+    corners = np.stack([x, y], -1).transpose(1, 0, 2) + rng.normal(0, 2, (n, 4, 2)) + rng.normal(42, 3, (n, 1, 2))
+    images = np.empty((n, 28, 28), np.uint8)
+    for i, key in enumerate(zip(labels.tolist(), strokes.tolist())):
+        square = glyphs[key].transform((56, 56), Image.Transform.QUAD, corners[i].ravel(), Image.Resampling.BILINEAR)
+        images[i] = square.reduce(2)
+    noisy = images * rng.uniform(0.6, 1, (n, 1, 1)) + rng.normal(0, 12, images.shape)
+    return noisy.clip(0, 255).astype(np.uint8), labels
+
+
+def make_flowers(n, size, seed):
+    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 4 ... 9; each has its colour, shape and place."""
+    rng = np.random.default_rng((seed, 32))
+    tints = np.array([(245, 240, 235), (250, 200, 40), (235, 70, 60), (245, 130, 175), (150, 90, 210), (70, 110, 230)])
+    petals, tint = rng.integers(4, 10, n), tints[rng.integers(0, 6, n)] + rng.normal(0, 12, (n, 3))
+    radius, inner, turn = rng.uniform(0.55, 0.95, n), rng.uniform(0.4, 0.75, n), rng.uniform(0, 2 * np.pi, n)
+    shape, place, light = rng.uniform(0.4, 1.1, n), rng.normal(0, 0.08, (n, 2)), rng.uniform(0.7, 1.15, n)
+    axis, images = (np.arange(size) * 2 + 1) / size - 1, np.empty((n, size, size, 3), np.uint8)
+    grass = np.array([46, 98, 52]) * (1 - 0.35 * axis[:, None, None]) * np.ones((size, 1))  # lighter above
+    for i in range(n):
+        x, y = axis - place[i, 0], axis[:, None] - place[i, 1]
+        r, angle, image = np.hypot(x, y), np.arctan2(y, x) + turn[i], light[i] * grass
+        layers = []  # each with its colour, its brightness and its edge, a radius
+        for scale, shift, shade in ((1, 0, 0.85), (inner[i], np.pi, 1.05)):  # a wreath, and a smaller one before it
+            bump = np.abs(np.cos((petals[i] * angle + shift) / 2)) ** shape[i]  # 1 along a petal, 0 between two
+            edge = scale * radius[i] * (0.35 + 0.65 * bump)
+            layers.append((tint[i], shade * (0.55 + 0.45 * bump * np.minimum(r / edge, 1)), edge))
+        layers.append((np.array([225, 165, 40]), 1.15 - 2.7 * r / radius[i], 0.22 * radius[i]))  # the heart
+        for colour, brightness, edge in layers:
+            cover = ((edge - r) * size / 2 + 0.5).clip(0, 1)[:, :, None]  # edges are soft, a pixel wide
+            image += (brightness[:, :, None] * colour - image) * cover
+        images[i] = image.clip(0, 255)
+    return images, petals
+
+
+def read_folder(folder, size):
+    """The pictures of a folder, cut to squares of `size`: all but every tenth, numbers for labels; then the others."""
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
+    if len(files) < 20:
+        fail(f"--data {folder} is neither one of the sets that --help names nor a folder of 20 pictures or more")
+    images = np.empty((len(files), size, size, 3), np.uint8)
+    for i, file in enumerate(files):
+        try:
+            with Image.open(file) as image:
+                images[i] = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            fail(f"{file} is no picture that can be read ({error}): take it out of the folder")
+    number, held = np.arange(len(files)), np.arange(len(files)) % 10 == 9
+    return images[~held], number[~held], images[held], number[held]
+
+
+def centred(images):
+    """Each image (N, H, W) moved so that its centre of mass is in the middle, as it is in MNIST."""
+    H, W = images.shape[1:]
+    mass = images / images.sum((1, 2), keepdims=True)
+    down = np.rint((mass.sum(2) * np.arange(H)).sum(1) - (H - 1) / 2).astype(int)
+    right = np.rint((mass.sum(1) * np.arange(W)).sum(1) - (W - 1) / 2).astype(int)
+    rows, columns = (np.arange(H) + down[:, None]) % H, (np.arange(W) + right[:, None]) % W
+    return images[np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None]]
+
+
+def floats(images):
+    return images.astype(np.float32) / 255
+
+
+def pixels(x):
+    return (x * 255).round().clip(0, 255).astype(np.uint8)
+
+
+SIZES, PLACES = ("small", "big"), ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
+
+
+def in_parts(function, x, n=1000):
+    """function(x) for n rows of x at a time, so that a large set needs no large memory."""
+    return np.concatenate([function(x[i : i + n]) for i in range(0, len(x), n)])
+
+
+# ---- how near the pictures made are to real ones ---------------------------------------------------------------------
+
+
+def frechet(a, b):
+    """The squared distance of Frechet between the normal distributions that fit the rows of a and b (N, n).
+
+    |mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances (Dowson and Landau 1982).
+    """
+    if not np.isfinite(b).all():
+        return math.nan
+    A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(A)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # A B has the eigenvalues of root B root, which is symmetric
+    both = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(A) + np.trace(B) - 2 * both)
+
+
+def features(x, n=64):
+    """Pictures (N, H, W, C) -> (N, n): random sums of the pixels, which keep distances, on the average."""
+    x = x.reshape(len(x), -1)
+    return x @ (np.random.default_rng(5).standard_normal((x.shape[1], n)) / math.sqrt(n))
+
+
+# ---- the game in one dimension: densities on a grid, so that the best discriminator and all integrals are known ------
+
+GRID = (np.arange(100) + 0.5) / 50 - 1  # the middles of 100 parts of [-1, 1]
+PARTS = np.array([(0.4, -0.5, 0.12), (0.6, 0.35, 0.18)])  # the data, p: normal distributions; share, mean, deviation
+P = sum(share * np.exp(-((GRID - mean) ** 2) / (2 * std**2)) / std for share, mean, std in PARTS)
+P /= P.sum()  # the probability of each part
+
+
+def draw_p(rng, shape):
+    _, mean, std = np.moveaxis(PARTS[rng.choice(len(PARTS), shape, p=PARTS[:, 0])], -1, 0)
+    return np.float32(mean + std * rng.standard_normal(shape))
+
+
+def look_at_game(trainer, seed):
+    """q, the probability of each part of the grid by 20,000 samples, and D there: (2, 100)."""
+    z = np.random.default_rng((seed, 3)).standard_normal((20_000, trainer.config.latent), np.float32)
+    q = np.histogram(trainer.generate(z), 100, (-1, 1))[0] / len(z)
+    return np.stack([q, trainer.discriminate(GRID.astype(np.float32).reshape(-1, 1, 1, 1))])
+
+
+def theory(q, d):
+    """V at D, what it would be at the best D, -log 4 + 2 JSD(p, q); and how far D is from it where pictures are."""
+    d = d.astype(np.float64).clip(1e-9, 1 - 1e-9)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        best = P / (P + q)
+        jsd = (np.nansum(P * np.log(2 * best)) + np.nansum(q * np.log(2 * (1 - best)))) / 2
+        off = ((P + q) / 2 * np.abs(d - best)).sum()
+        return {"value": (P * np.log(d) + q * np.log(1 - d)).sum(), "bound": 2 * jsd - math.log(4), "off": off}
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+PAPER = 250
+
+
+def tile(x, columns, gap=0):
+    """Pictures (N, H, W, C) in rows of `columns` as one sheet (rows (H + gap), columns (W + gap), C) uint8."""
+    N, H, W, C = x.shape
+    sheet = np.full((-(-N // columns), columns, H + gap, W + gap, C), PAPER if gap else 0, np.uint8)
+    sheet.reshape(-1, H + gap, W + gap, C)[:N, :H, :W] = pixels(x)
+    return sheet.swapaxes(1, 2).reshape(-1, columns * (W + gap), C)
+
+
+def draw_rows(parts, columns=12):
+    """Pictures in rows under captions: {caption: pictures (N, H, W, C)}."""
+    scale = max(1, round(60 / next(iter(parts.values())).shape[1]))
+    sheets = [tile(x.repeat(scale, 1).repeat(scale, 2), columns, gap=2) for x in parts.values()]
+    image = Image.new("RGB", (sheets[0].shape[1] + 10, sum(len(sheet) + 28 for sheet in sheets) + 6), (PAPER,) * 3)
+    draw, font, y = ImageDraw.Draw(image), ImageFont.load_default(15), 0
+    for caption, sheet in zip(parts, sheets):
+        draw.text((6, y + 14), caption, (60, 60, 60), font, anchor="lm")
+        image.paste(Image.fromarray(sheet.squeeze()), (6, y + 28))
+        y += len(sheet) + 28
+    return image.convert("L") if sheet.shape[2] == 1 else image
+
+
+def spread(looks, n):
+    """About n of the looks {step: array}, the early ones closer together, the present one last."""
+    steps, last = list(looks), len(looks) - 1
+    chosen = sorted({round(last * (i / (n - 1)) ** 2) for i in range(n)})
+    return {steps[i]: looks[steps[i]] for i in chosen}
+
+
+INK = {"p": (31, 119, 180), "q": (255, 127, 14), "D": (20, 20, 20), "D*": (150, 150, 150)}
+
+
+def draw_lines(draw, box, lines, span, caption):
+    """Lines {name: (x, y, colour)} in box = x0, y0, x1, y1 of the picture, over span = left, low, right, high."""
+    x0, y0, x1, y1 = box
+    left, low, right, high = span
+    draw.rectangle(box, outline=(200, 200, 200), width=2)
+    draw.text((x0 + 8, y0 - 26), caption, (60, 60, 60), ImageFont.load_default(28), anchor="lm")
+    at = x1
+    for name, (x, y, colour) in reversed(lines.items()):
+        u = x0 + (np.array(x) - left) / (right - left) * (x1 - x0)
+        v = y1 - (np.array(y) - low) / (high - low) * (y1 - y0)
+        draw.line(list(zip(u.tolist(), v.clip(y0, y1).tolist())), colour, 5)
+        at -= draw.textlength(name, ImageFont.load_default(28)) + 24
+        draw.text((at, y0 - 26), name, colour, ImageFont.load_default(28), anchor="lm")
+
+
+def draw_game(looks):
+    """{step: (q, D)}: four of the looks, and all along the steps what V is and what it would be at the best D."""
+    image, steps = Image.new("RGB", (1600, 1440), (PAPER,) * 3), list(looks)
+    draw = ImageDraw.Draw(image)
+    for i, (step, (q, d)) in enumerate(spread(looks, 4).items()):
+        x, y = 30 + 790 * (i % 2), 60 + 450 * (i // 2)
+        lines = {"p": (GRID, P / P.max() * 0.6, INK["p"]), "q": (GRID, q / P.max() * 0.6, INK["q"])}
+        seen = P + q > 1e-3  # beyond, the few samples say little of q
+        lines |= {"p / (p + q)": (GRID[seen], P[seen] / (P + q)[seen], INK["D*"]), "D": (GRID, d, INK["D"])}
+        draw_lines(draw, (x, y, x + 750, y + 370), lines, (-1, 0, 1, 1), f"step {step}")
+    figures = [theory(*look) for look in looks.values()]
+    lines = {"-log 4 + 2 JSD(p, q)": (steps, [f["bound"] for f in figures], INK["D*"])}
+    lines |= {"V": (steps, [f["value"] for f in figures], INK["D"])}
+    span = (0, -1.5, max(steps[-1], 1), -0.9)
+    draw_lines(draw, (30, 960, 1570, 1410), lines, span, "the value of the game, from -1.5 to -0.9")
+    return image.reduce(2)
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+
+class Game(Task):
+    """What the tasks share: the data of a step, and looks at how far the players are, {step: array}."""
+
+    def __init__(self, args):
+        self.args, self.looks = args, {}
+
+    def batch(self, step):
+        """x (d_steps, B, H, W, C) for D; z (d_steps + 1, B, latent), the last for G; u (d_steps, B)."""
+        rng, shape = np.random.default_rng((self.args.seed, step, 1)), (self.args.d_steps, self.args.batch_size)
+        x = self.draw(rng, shape)
+        z = rng.standard_normal((shape[0] + 1, shape[1], self.args.latent), np.float32)
+        return x, z, rng.random(shape, np.float32)
+
+    def keep(self, trainer, look, figures, whole):
+        """Keep a look at the present, and write all of them to a file, which a resumed run reads."""
+        # looks at later steps are of a run that was killed before it could save, and is resumed
+        self.looks = {step: old for step, old in self.looks.items() if step < trainer.t} | {trainer.t: look}
+        if whole or not all(map(math.isfinite, figures.values())):
+            return
+        file = self.args.out / self.file
+        part = Path(f"{file}.part")
+        try:
+            with open(part, "wb") as f:
+                self.write_looks(f)
+            part.replace(file)
+        except OSError as error:
+            fail(f"{file} could not be written ({error.strerror}): make room there; an earlier one is kept")
+        finally:
+            part.unlink(missing_ok=True)
+
+    def recall(self):
+        """The looks of the run that is resumed."""
+        try:
+            self.looks = self.read_looks(self.args.out / self.file)
+        except Exception:  # there are none, or they are damaged, or of pictures of another size
+            self.looks = {}
+
+
+class Pictures(Game):
+    """Pictures like those of a set. A look is what G makes of the same twelve z: a row of OUT/looks.png."""
+
+    file = "looks.png"
+
+    def __init__(self, args, saved):
+        super().__init__(args)
+        least, halved = 28 if args.data in ("digits", "mnist") else 8, len(args.hidden) if args.model == "dcgan" else 1
+        if args.size < least or args.size % 2**halved:
+            fail(f"--size must be {least} or more and a multiple of {2**halved}: each of a dcgan's --hidden halves it")
+        self.train, test = self.load()
+        if args.batch_size > len(self.train):
+            fail(f"--batch-size {args.batch_size} is more than the {len(self.train)} pictures: make it smaller")
+        self.test = floats(test) * 2 - 1  # from -1 to 1, as G makes them
+        self.real, self.won = features(self.test), False
+        self.z = np.random.default_rng((args.seed, 2)).standard_normal((1000, args.latent), np.float32)
+        self.config = dict(image=list(self.train.shape[1:]))
+        self.extra = dict(digest=digest(self.train))
+        self.about = f"{args.data}: {len(self.train):,} pictures to train on, {len(test):,} held out"
+        if saved:
+            self.recall()
+
+    def load(self):
+        """Pictures (N, H, W, C) uint8 to train on, and held-out ones."""
+        args, edge = self.args, (self.args.size - 28) // 2
+        parts = (args.count, args.seed), (args.count // 5, args.seed + 1)  # synthetic ones: how many, of which seed
+        if args.data == "flowers":
+            return [make_flowers(n, args.size, seed)[0] for n, seed in parts]
+        if args.data == "digits":
+            # without their grain: a G that draws from few numbers can't make each pixel's noise, and D would look at it
+            grey = [centred(pixels((make_digits(n, seed)[0] - 40.0) / 105)) for n, seed in parts]
+        elif args.data in IDX:
+            grey = load_idx(args.data)[::2]
+        else:
+            return read_folder(args.data, args.size)[::2]
+        # a black frame: 32 pixels can be halved three times
+        return [np.pad(x, ((0, 0), (edge, edge), (edge, edge)))[..., None] for x in grey]
+
+    def draw(self, rng, shape):
+        """Real pictures (*shape, H, W, C)."""
+        return floats(self.train[rng.integers(0, len(self.train), shape)]) * 2 - 1
+
+    def evaluate(self, trainer, whole=False):
+        z = self.z if whole else self.z[:500]
+        figures = {name: float(x) for name, x in trainer.evaluate(self.test[: len(z)], z).items()}
+        if figures["value"] > -0.2 and self.args.loss != "wgan-gp" and not self.won:
+            self.won = True
+            print("the discriminator has won: D(x) and 1 - D(G(z)) are 0.9 and more; if G learns no more, lower --d-lr "
+                  "or try --smoothing 0.1 or --loss wgan-gp")  # fmt: skip
+        made = in_parts(trainer.generate, z, 250)
+        figures["frechet"] = frechet(self.real, features(made))
+        self.keep(trainer, made[:12] / 2 + 0.5, figures, whole)
+        return figures
+
+    def write_looks(self, f):
+        steps, sheet = PngInfo(), tile(np.concatenate(list(self.looks.values())), 12)
+        steps.add_text("steps", json.dumps(list(self.looks)))
+        Image.fromarray(sheet.squeeze()).save(f, "PNG", pnginfo=steps)
+
+    def read_looks(self, file):
+        H, W, C = self.train.shape[1:]
+        with Image.open(file) as image:
+            steps, sheet = json.loads(image.info["steps"]), floats(np.asarray(image))
+        return dict(zip(steps, sheet.reshape(len(steps), H, 12, W, C).swapaxes(1, 2)))
+
+    def report(self, trainer):
+        def make(z):
+            return in_parts(trainer.generate, z, 250) / 2 + 0.5
+
+        angle = np.linspace(0, np.pi / 2, 12, dtype=np.float32)[:, None]  # on the arc each z is as likely as its ends
+        ends = self.z[12:16].reshape(2, 2, -1)
+        walks = np.concatenate([np.cos(angle) * a + np.sin(angle) * b for a, b in ends])
+        rows = {f"the same twelve z, step {step}": x for step, x in spread(self.looks, 6).items()}
+        rows |= {"other z": make(self.z[20:44]), "walks between two z": make(walks)}
+        rows["real pictures"] = self.test[:12] / 2 + 0.5
+        draw_rows(rows).save(self.args.out / "sample.png", optimize=True)
+        return {}, ["sample.png", self.file]
+
+
+class Toy(Game):
+    """Numbers of a known density. A look is q and D on the grid: (2, 100), in OUT/looks.npz."""
+
+    file = "looks.npz"
+    config = dict(image=[1, 1, 1])
+    about = "two normal distributions"
+
+    def __init__(self, args, saved):
+        super().__init__(args)
+        if args.model != "gan" or args.loss == "wgan-gp":
+            fail("--task toy compares D with p / (p + q): it goes with --model gan, and not with --loss wgan-gp")
+        if args.data != "digits":
+            fail("--data goes with --task pictures: toy makes its own")
+        if saved:
+            self.recall()
+
+    def draw(self, rng, shape):
+        """Numbers of p as pictures of one pixel (*shape, 1, 1, 1)."""
+        return draw_p(rng, shape).reshape(*shape, 1, 1, 1)
+
+    def evaluate(self, trainer, whole=False):
+        look = look_at_game(trainer, self.args.seed)
+        figures = theory(*look)
+        self.keep(trainer, look, figures, whole)
+        return figures
+
+    def write_looks(self, f):
+        np.savez(f, **{str(step): look for step, look in self.looks.items()})
+
+    def read_looks(self, file):
+        with np.load(file, allow_pickle=False) as f:
+            return {int(step): look for step, look in f.items()}
+
+    def report(self, trainer):
+        draw_game(self.looks).save(self.args.out / "sample.png", optimize=True)
+        return {}, ["sample.png", self.file]
+
+
+TASKS = {"pictures": Pictures, "toy": Toy}
