@@ -134,14 +134,14 @@ def record(out, row, first):
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
+    image = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
+    draw.text((1260, 14), f"step {row['step']}", (60, 60, 60), font, anchor="ra")
     for i, name in enumerate(names):
-        y = np.array([row[name] for row in rows])
+        x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
         draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
-        draw.line(list(zip(20 + 1240 * x / x[-1], 280 * i + 260 - 190 * height)), (31, 119, 180), 5, joint="curve")
+        draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
@@ -267,19 +267,33 @@ def make_flowers(n, size, seed):
     return images, petals
 
 
+def open_image(path):
+    """An image file as an RGB image, the right way up, on white where it is transparent; else one line and the end."""
+    Image.MAX_IMAGE_PIXELS = 25_000_000  # of twice as many, which take 1 GB and more, Pillow makes an error
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        if image.mode[0] in "IF":  # grey of more than 8 bits: convert would clip it
+            grey = np.nan_to_num(np.asarray(image, np.float32))
+            tops = (1, 255, 65535) if image.mode == "F" else (65535,)
+            white = next((top for top in tops if top >= grey.max()), grey.max())
+            image = Image.fromarray(np.uint8((grey / white).clip(0, 1) * 255 + 0.5))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # Pillow has many words for a file that is broken
+        fail(f"{path} is no picture that can be read ({error}): take it away, or name a PNG or JPEG file")
+
+
 def read_folder(folder, size):
     """The pictures of a folder, cut to squares of `size`: all but every tenth, numbers for labels; then the others."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
-    if len(files) < 20:
-        fail(f"--data {folder} is neither one of the sets that --help names nor a folder of 20 pictures or more")
-    images = np.empty((len(files), size, size, 3), np.uint8)
-    for i, file in enumerate(files):
-        try:
-            with Image.open(file) as image:
-                images[i] = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            fail(f"{file} is no picture that can be read ({error}): take it out of the folder")
-    number, held = np.arange(len(files)), np.arange(len(files)) % 10 == 9
+    if len(files) < 2:
+        fail(f"--data {folder} is neither one of the sets that --help names nor a folder of 2 pictures or more")
+    images = np.stack([np.asarray(ImageOps.fit(open_image(file), (size, size))) for file in files])
+    number, every = np.arange(len(files)), min(10, len(files))
+    held = number % every == every - 1
     return images[~held], number[~held], images[held], number[held]
 
 
@@ -289,9 +303,6 @@ def floats(images):
 
 def pixels(x):
     return (x * 255).round().clip(0, 255).astype(np.uint8)
-
-
-SIZES, PLACES = ("small", "big"), ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
 
 
 def psnr(x, y):
@@ -401,8 +412,6 @@ class Pictures(Task):
         self.args = args
         self.train, self.test, self.labels = self.load()
         H, W, C = self.train.shape[1:]
-        if args.batch_size > len(self.train):
-            fail(f"--batch-size {args.batch_size} is more than the {len(self.train)} pictures: make it smaller")
         if args.net == "conv" and (H % 2 ** len(args.hidden) or W % 2 ** len(args.hidden)):
             fail(f"--hidden of conv halves {H} x {W} pictures {len(args.hidden)} times: name fewer")
         self.config = dict(image=[H, W, C], model=self.model)

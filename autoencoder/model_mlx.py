@@ -30,6 +30,8 @@ import math
 import os
 from dataclasses import asdict, dataclass
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -78,12 +80,27 @@ class LinearDecoder(nn.Module):
         return self.out(z).reshape(-1, *self.image)
 
 
+class Down(nn.Conv2d):
+    """A convolution, 4x4, stride 2: half as high and as wide."""
+
+    def __init__(self, n, m):
+        super().__init__(n, m, 4, stride=2, padding=1)
+
+    def __call__(self, x):
+        B, H, W, n = x.shape
+        m, h, w = self.weight.shape[0], H // 2 + 1, W // 2 + 1
+        # blocks of 2x2 pixels are folded into 4 n channels: on a CPU the gradient would be slow with a stride
+        x = mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]).reshape(B, h, 2, w, 2, n)
+        weight = self.weight.reshape(m, 2, 2, 2, 2, n).transpose(0, 1, 3, 2, 4, 5).reshape(m, 2, 2, 4 * n)
+        return mx.conv2d(x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h, w, 4 * n), weight) + self.bias
+
+
 class ConvEncoder(nn.Module):
     def __init__(self, config, n_out):
         super().__init__()
         (H, W, C), half = config.image, 2 ** len(config.hidden)
         sizes = [C, *config.hidden]
-        self.layers = [nn.Conv2d(n, m, 4, 2, 1) for n, m in zip(sizes, sizes[1:])]  # halve H and W
+        self.layers = [Down(n, m) for n, m in zip(sizes, sizes[1:])]
         self.out = nn.Linear(sizes[-1] * (H // half) * (W // half), n_out)
 
     def __call__(self, x):
@@ -164,7 +181,9 @@ def to_numpy(model, arrays):
 
 
 def from_numpy(model, arrays):
-    """The way back. Raises ValueError where an array has not the shape of its parameter."""
+    """The way back. Raises ValueError where an array is missing or has not the shape of its parameter."""
+    if missing := [name for name, _ in tree_flatten(model.parameters()) if name not in arrays]:
+        raise ValueError(f"{missing[0]} is missing")
     convs = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
     arrays = {name: a.transpose(0, 2, 3, 1) if name in convs else a for name, a in arrays.items()}
     for name, p in tree_flatten(model.parameters()):
@@ -270,7 +289,7 @@ class Trainer:
         self.t = meta["step"]
         state = {"step": mx.array(self.t, mx.uint64), "learning_rate": self.optimizer.state["learning_rate"]}
         for kind in ("m", "v"):
-            moments = {name: arrays[f"{kind}.{name}"] for name, _ in tree_flatten(self.model.parameters())}
+            moments = {name[2:]: a for name, a in arrays.items() if name[:2] == f"{kind}."}
             state |= {f"{name}.{kind}": a for name, a in from_numpy(self.model, moments).items()}
         self.optimizer.state = tree_unflatten(list(state.items()))
         return self.t

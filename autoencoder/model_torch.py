@@ -35,6 +35,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+
 
 @dataclass
 class Config:
@@ -77,12 +79,22 @@ class LinearDecoder(nn.Module):
         return self.out(z).reshape(-1, *self.image)
 
 
+class Down(nn.Conv2d):
+    """A convolution, 4x4, stride 2: half as high and as wide."""
+
+    def __init__(self, n, m):
+        super().__init__(n, m, 4, stride=2, padding=1)
+
+    def forward(self, x):
+        return super().forward(x)  # on a CPU MLX does so slowly, and takes another way: see there
+
+
 class ConvEncoder(nn.Module):
     def __init__(self, config, n_out):
         super().__init__()
         (H, W, C), half = config.image, 2 ** len(config.hidden)
         sizes = [C, *config.hidden]
-        self.layers = nn.ModuleList([nn.Conv2d(n, m, 4, 2, 1) for n, m in zip(sizes, sizes[1:])])  # halve H and W
+        self.layers = nn.ModuleList([Down(n, m) for n, m in zip(sizes, sizes[1:])])
         self.out = nn.Linear(sizes[-1] * (H // half) * (W // half), n_out)
 
     def forward(self, x):
@@ -163,7 +175,9 @@ def to_numpy(model, arrays):
 
 
 def from_numpy(model, arrays):
-    """The way back. Raises ValueError where an array has not the shape of its parameter."""
+    """The way back. Raises ValueError where an array is missing or has not the shape of its parameter."""
+    if missing := [name for name, _ in model.named_parameters() if name not in arrays]:
+        raise ValueError(f"{missing[0]} is missing")
     for name, p in model.named_parameters():
         if arrays[name].shape != tuple(p.shape):
             raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {tuple(p.shape)}")
@@ -269,7 +283,7 @@ class Trainer:
         set_weights(self.model, arrays)
         self.t = meta["step"]
         for kind, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
-            moments = {name: arrays[f"{kind}.{name}"] for name, _ in self.model.named_parameters()}
+            moments = {name[2:]: a for name, a in arrays.items() if name[:2] == f"{kind}."}
             moments = from_numpy(self.model, moments)
             for name, p in self.model.named_parameters():
                 self.optimizer.state[p][key] = moments[name]

@@ -133,14 +133,14 @@ def record(out, row, first):
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
+    image = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
+    draw.text((1260, 14), f"step {row['step']}", (60, 60, 60), font, anchor="ra")
     for i, name in enumerate(names):
-        y = np.array([row[name] for row in rows])
+        x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
         draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
-        draw.line(list(zip(20 + 1240 * x / x[-1], 280 * i + 260 - 190 * height)), (31, 119, 180), 5, joint="curve")
+        draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
@@ -266,12 +266,22 @@ def load_cifar10():
 
 
 def open_image(path):
-    """An image file as an RGB image, the right way up; raises OSError or ValueError if it is none."""
+    """An image file as an RGB image, the right way up, on white where it is transparent; else one line and the end."""
+    Image.MAX_IMAGE_PIXELS = 25_000_000  # of twice as many, which take 1 GB and more, Pillow makes an error
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's words for some broken files
-        raise ValueError(error) from None
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        if image.mode[0] in "IF":  # grey of more than 8 bits: convert would clip it
+            grey = np.nan_to_num(np.asarray(image, np.float32))
+            tops = (1, 255, 65535) if image.mode == "F" else (65535,)
+            white = next((top for top in tops if top >= grey.max()), grey.max())
+            image = Image.fromarray(np.uint8((grey / white).clip(0, 1) * 255 + 0.5))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # Pillow has many words for a file that is broken
+        fail(f"{path} is no picture that can be read ({error}): take it away, or name a PNG or JPEG file")
 
 
 def load_folder(folder, size):
@@ -282,9 +292,8 @@ def load_folder(folder, size):
         for path in sorted(path for path in place.rglob("*") if path.is_file() and not path.name.startswith(".")):
             try:
                 images.append(np.asarray(ImageOps.fit(open_image(path), (size, size))))
-            except (OSError, ValueError):
+            except SystemExit:  # its line is enough, the other pictures are still there
                 skipped += 1
-                print(f"skipped, no image that can be read: {path}", file=sys.stderr)
         if new := len(images) - before:
             labels += [len(names)] * new
             held += [i % 5 == 4 for i in range(new)]
@@ -349,10 +358,7 @@ def draw_strokes(size, seed=0):
 
 def load_picture(path, draw, size):
     """An image file, or what draw(size) gives where there is none: (H, W, 3) uint8, the longer side `size`."""
-    try:
-        image = open_image(path) if path else draw(size)
-    except (OSError, ValueError) as error:
-        fail(f"{path} is no image that can be read ({error}): name a PNG or JPEG file")
+    image = open_image(path) if path else draw(size)
     pixels = np.asarray(ImageOps.contain(image, (size, size)))
     if min(pixels.shape[:2]) < 16:
         fail(f"{path or 'the picture'} is too narrow for {size} pixels: name a larger --size")
@@ -426,12 +432,14 @@ class Classify(Task):
     def __init__(self, args, saved):
         self.args = args
         (x, y, x_val, y_val), self.names = self.load()
+        sizes = x.ndim == x_val.ndim > 2 and 0 < len(x) == len(y) and 0 < len(x_val) == len(y_val)
+        if not (sizes and max(y.max(), y_val.max()) < len(self.names)):
+            fail(f"the files of --data {args.data} do not fit together: delete them, and they will be downloaded again")
         self.x, self.x_val = (images if images.ndim == 4 else images[..., None] for images in (x, x_val))
         self.y, self.y_val = np.int64(y), np.int64(y_val)
         _, size, _, n_in = self.x.shape
         if args.size not in (None, size):
             fail(f"--size of {args.data} is {size}: leave it out")
-        self.flip = args.data not in ("digits", "mnist")  # is half of the images mirrored? A digit is not itself then
         self.config = dict(size=size, n_in=n_in, n_out=len(self.names))
         self.extra = dict(names=self.names, digest=digest(self.x, self.y))
         self.about = f"{args.model} on {args.data}: {len(x):,} to train on, {len(x_val):,} held out"
@@ -458,29 +466,31 @@ class Classify(Task):
     def batch(self, step):
         rng = np.random.default_rng((self.args.seed, step, 1))
         i = rng.integers(0, len(self.x), self.args.batch_size)
-        return floats(augment(self.x[i], self.args.shift, self.flip, rng)), self.y[i]
+        return floats(augment(self.x[i], self.args.shift, self.args.flip, rng)), self.y[i]
 
     def evaluate(self, trainer, whole=False):
         if not whole:
             some = slice(None, None, math.ceil(len(self.x_val) / 500))
             return trainer.evaluate(floats(self.x_val[some]), self.y_val[some])
-        parts = []
-        for images in np.array_split(self.x_val, math.ceil(len(self.x_val) / 500)):
-            x = floats(images)
-            p = trainer.predict(x)
-            if self.flip:  # asked twice, of the mirror image too, it errs less
-                p = (p + trainer.predict(x[:, :, ::-1].copy())) / 2
-            parts.append(p)
-        self.p = np.concatenate(parts)  # (N, n_out), for report
+        self.p = self.predict(trainer, self.x_val)  # (N, n_out), for report
         nll = -np.log(self.p[np.arange(len(self.p)), self.y_val] + 1e-12)
-        return {"val_loss": nll.mean(), "accuracy": (self.p.argmax(1) == self.y_val).mean()}
+        figures = {"val_loss": nll.mean(), "accuracy": (self.p.argmax(1) == self.y_val).mean()}
+        if self.args.flip:  # asked twice, of the mirror image too, it errs less
+            both = self.p + self.predict(trainer, self.x_val[:, :, ::-1])
+            figures["accuracy_flip"] = (both.argmax(1) == self.y_val).mean()
+        return figures
+
+    def predict(self, trainer, images):
+        """The probabilities of the classes (N, n_out) for images (N, H, W, C) uint8."""
+        parts = np.array_split(images, math.ceil(len(images) / 500))
+        return np.concatenate([trainer.predict(floats(part)) for part in parts])
 
     def report(self, trainer):
         args, files = self.args, ["sample.png", "filters.png"]
         draw_mistakes(self.p, self.x_val, self.y_val, self.names).save(args.out / "sample.png")
         draw_filters(trainer.filters()).save(args.out / "filters.png")
         if args.export:
-            trainer.export(args.export)
+            print(f"{args.export}: {trainer.export(args.export, self.names)}")
             files.append(args.export.resolve())
         return {}, files
 

@@ -28,6 +28,8 @@ import math
 import os
 from dataclasses import asdict, dataclass
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -45,6 +47,7 @@ class Config:
     channels: tuple = (16, 32, 128)  # lenet: both convolutions and the hidden layer; resnet: the stem and each block
     label_smoothing: float = 0.0
     weight_decay: float = 0.05
+    impl: str = "builtin"  # builtin or by-hand: whose convolution and pooling
 
     def __post_init__(self):
         if self.model == "lenet" and len(self.channels) != 3:
@@ -53,16 +56,44 @@ class Config:
             raise ValueError(f"channels: {len(self.channels) - 1} blocks halve size {self.size} to none: name fewer")
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution that keeps the size, the library's or by hand; the parameters are the same."""
+
+    def __init__(self, n_in, n_out, k, impl):
+        super().__init__(n_in, n_out, k, padding=k // 2)
+        self.impl = impl
+
+    def __call__(self, x):
+        """x (B, H, W, n_in) -> (B, H, W, n_out)."""
+        if self.impl == "builtin":
+            return super().__call__(x)
+        return conv2d(x, self.weight.transpose(0, 3, 1, 2), self.bias, 1, self.padding[0])
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """The largest of each 2 x 2 pixels, by the library or by hand."""
+
+    def __init__(self, impl):
+        super().__init__(2)
+        self.impl = impl
+
+    def __call__(self, x):
+        """x (B, H, W, C) -> (B, H/2, W/2, C)."""
+        if self.impl == "builtin":
+            return super().__call__(x)
+        return max_pool2d(x, 2, 2)
+
+
 class LeNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         c1, c2, hidden = config.channels
-        self.conv1 = nn.Conv2d(config.n_in, c1, 5, padding=2)
-        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2)
+        self.conv1 = Conv2d(config.n_in, c1, 5, config.impl)
+        self.conv2 = Conv2d(c1, c2, 5, config.impl)
         self.fc1 = nn.Linear(c2 * (config.size // 4) ** 2, hidden)
         self.fc2 = nn.Linear(hidden, config.n_out)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = MaxPool2d(config.impl)
 
     def __call__(self, x):
         """x (B, H, W, C), pixels from 0 to 1 -> logits (B, n_out)."""
@@ -75,13 +106,13 @@ class LeNet(nn.Module):
 class Block(nn.Module):
     """Two convolutions beside a shortcut, on which the gradient reaches the layers below undiminished."""
 
-    def __init__(self, n_in, n_out):
+    def __init__(self, n_in, n_out, impl):
         super().__init__()
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.conv1 = Conv2d(n_in, n_out, 3, impl)
         self.norm1 = nn.GroupNorm(math.gcd(8, n_out), n_out, pytorch_compatible=True)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
+        self.conv2 = Conv2d(n_out, n_out, 3, impl)
         self.norm2 = nn.GroupNorm(math.gcd(8, n_out), n_out, pytorch_compatible=True)
-        self.shortcut = nn.Identity() if n_in == n_out else nn.Conv2d(n_in, n_out, 1)
+        self.shortcut = nn.Identity() if n_in == n_out else Conv2d(n_in, n_out, 1, impl)
 
     def __call__(self, x):
         h = nn.relu(self.norm1(self.conv1(x)))
@@ -93,11 +124,11 @@ class ResNet(nn.Module):
         super().__init__()
         self.config = config
         widths = config.channels
-        self.stem = nn.Conv2d(config.n_in, widths[0], 3, padding=1)
+        self.stem = Conv2d(config.n_in, widths[0], 3, config.impl)
         self.norm = nn.GroupNorm(math.gcd(8, widths[0]), widths[0], pytorch_compatible=True)
-        self.blocks = [Block(n, m) for n, m in zip(widths, widths[1:])]
+        self.blocks = [Block(n, m, config.impl) for n, m in zip(widths, widths[1:])]
         self.head = nn.Linear(widths[-1], config.n_out)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = MaxPool2d(config.impl)
 
     def __call__(self, x):
         """x (B, H, W, C), pixels from 0 to 1 -> logits (B, n_out)."""
@@ -180,9 +211,10 @@ class RandomFilters(nn.Module):
 
     def __call__(self, x):
         """x (1, H, W, 3) -> the features of each scale, (H' W', n)."""
-        x, features, pool = x - 0.5, [], nn.AvgPool2d(2)
+        x, features, pool = x - 0.5, [], nn.AvgPool2d(4, 2)
         for w in self.w:
-            x = pool(x) if features else x
+            if features:  # 4x4 and not 2x2, whose squares would show in the picture
+                x = pool(mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], "reflect"))
             features.append(nn.relu(mx.conv2d(x, w.transpose(0, 2, 3, 1), 1, 3)).flatten(1, 2)[0])
         return features
 
@@ -227,7 +259,7 @@ class Canvas(nn.Module):
 
     def __init__(self, image):
         super().__init__()
-        self.image = mx.array(image[None])  # (1, H, W, 3)
+        self.image = mx.array(image[None])  # (1, H, W, 3), a copy
 
 
 # ---- optimizers: p parameter, g gradient, m and v running moments (zeros at first), t = 1, 2, ... --------------------
@@ -355,6 +387,10 @@ class Learner:
         """Take up what save wrote, in whichever framework; returns the step to go on from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
+        for name, w in get_weights(self.model).items():
+            for key in (name, f"m.{name}", f"v.{name}"):
+                if key not in arrays or arrays[key].shape != w.shape:
+                    raise ValueError(f"{key} is missing or has another shape than {w.shape}")
         set_weights(self.model, arrays)
         self.t = meta["step"]
         self.m, self.v = (
@@ -397,18 +433,20 @@ class Trainer(Learner):
         """The filters of the first layer, numpy (n_out, n_in, k, k)."""
         return get_weights(self.model)["conv1.weight" if self.config.model == "lenet" else "stem.weight"]
 
-    def export(self, path):
-        """Write the network alone to a file that runs without this one: images (B, H, W, C) in, logits (B, n_out) out.
+    def export(self, path, names=()):
+        """Write the network alone to a file that runs without this one; returns what goes in and what comes out.
 
-        .pt2 (torch.export, any B), .mlpackage (Core ML, B = 1; needs coremltools), .mlxfn (MLX, B = 1, 2, 4 ... 64).
+        .pt2: torch.export, any B. .mlpackage: Core ML, B to 64, a ResNet 1. .mlxfn: MLX, B = 1, 2, 4 ... 64.
         """
         config = self.config
+        says = f"pixels (B, {config.size}, {config.size}, {config.n_in}) from 0 to 1 -> logits (B, {config.n_out})"
         x = mx.zeros((1, config.size, config.size, config.n_in))
         self.model.update(tree_map(mx.contiguous, self.model.parameters()))  # the exporter overlooks strides
         mx.eval(self.model.parameters())
         with mx.exporter(str(path), self.model) as exporter:
-            for B in (1, 2, 4, 8, 16, 32, 64):  # MLX fixes the shapes in a trace: a trace for each
+            for B in (1, 2, 4, 8, 16, 32, 64):  # pooling and norm reshape by the B of the trace: a trace for each
                 exporter(mx.repeat(x, B, axis=0))
+        return f"{says}, B = 1, 2, 4 ... 64; it holds no names"
 
 
 class Stylist(Learner):

@@ -33,6 +33,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+
 EXPORTS = {".pt2": "torch", ".mlpackage": "coremltools"}  # the files that export writes, and the package that it needs
 
 
@@ -45,6 +47,7 @@ class Config:
     channels: tuple = (16, 32, 128)  # lenet: both convolutions and the hidden layer; resnet: the stem and each block
     label_smoothing: float = 0.0
     weight_decay: float = 0.05
+    impl: str = "builtin"  # builtin or by-hand: whose convolution and pooling
 
     def __post_init__(self):
         if self.model == "lenet" and len(self.channels) != 3:
@@ -53,16 +56,44 @@ class Config:
             raise ValueError(f"channels: {len(self.channels) - 1} blocks halve size {self.size} to none: name fewer")
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution that keeps the size, the library's or by hand; the parameters are the same."""
+
+    def __init__(self, n_in, n_out, k, impl):
+        super().__init__(n_in, n_out, k, padding=k // 2)
+        self.impl = impl
+
+    def forward(self, x):
+        """x (B, n_in, H, W) -> (B, n_out, H, W)."""
+        if self.impl == "builtin":
+            return super().forward(x)
+        return conv2d(x.permute(0, 2, 3, 1), self.weight, self.bias, 1, self.padding[0]).permute(0, 3, 1, 2)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """The largest of each 2 x 2 pixels, by the library or by hand."""
+
+    def __init__(self, impl):
+        super().__init__(2)
+        self.impl = impl
+
+    def forward(self, x):
+        """x (B, C, H, W) -> (B, C, H/2, W/2)."""
+        if self.impl == "builtin":
+            return super().forward(x)
+        return max_pool2d(x.permute(0, 2, 3, 1), 2, 2).permute(0, 3, 1, 2)
+
+
 class LeNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         c1, c2, hidden = config.channels
-        self.conv1 = nn.Conv2d(config.n_in, c1, 5, padding=2)
-        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2)
+        self.conv1 = Conv2d(config.n_in, c1, 5, config.impl)
+        self.conv2 = Conv2d(c1, c2, 5, config.impl)
         self.fc1 = nn.Linear(c2 * (config.size // 4) ** 2, hidden)
         self.fc2 = nn.Linear(hidden, config.n_out)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = MaxPool2d(config.impl)
 
     def forward(self, x):
         """x (B, H, W, C), pixels from 0 to 1 -> logits (B, n_out)."""
@@ -76,13 +107,13 @@ class LeNet(nn.Module):
 class Block(nn.Module):
     """Two convolutions beside a shortcut, on which the gradient reaches the layers below undiminished."""
 
-    def __init__(self, n_in, n_out):
+    def __init__(self, n_in, n_out, impl):
         super().__init__()
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.conv1 = Conv2d(n_in, n_out, 3, impl)
         self.norm1 = nn.GroupNorm(math.gcd(8, n_out), n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
+        self.conv2 = Conv2d(n_out, n_out, 3, impl)
         self.norm2 = nn.GroupNorm(math.gcd(8, n_out), n_out)
-        self.shortcut = nn.Identity() if n_in == n_out else nn.Conv2d(n_in, n_out, 1)
+        self.shortcut = nn.Identity() if n_in == n_out else Conv2d(n_in, n_out, 1, impl)
 
     def forward(self, x):
         h = F.relu(self.norm1(self.conv1(x)))
@@ -94,11 +125,11 @@ class ResNet(nn.Module):
         super().__init__()
         self.config = config
         widths = config.channels
-        self.stem = nn.Conv2d(config.n_in, widths[0], 3, padding=1)
+        self.stem = Conv2d(config.n_in, widths[0], 3, config.impl)
         self.norm = nn.GroupNorm(math.gcd(8, widths[0]), widths[0])
-        self.blocks = nn.ModuleList([Block(n, m) for n, m in zip(widths, widths[1:])])
+        self.blocks = nn.ModuleList([Block(n, m, config.impl) for n, m in zip(widths, widths[1:])])
         self.head = nn.Linear(widths[-1], config.n_out)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = MaxPool2d(config.impl)
 
     def forward(self, x):
         """x (B, H, W, C), pixels from 0 to 1 -> logits (B, n_out)."""
@@ -184,7 +215,8 @@ class RandomFilters(nn.Module):
         """x (1, H, W, 3) -> the features of each scale, (H' W', n)."""
         x, features = x.permute(0, 3, 1, 2) - 0.5, []
         for w in self.w.to(x.device):
-            x = F.avg_pool2d(x, 2) if features else x
+            if features:  # 4x4 and not 2x2, whose squares would show in the picture
+                x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "reflect"), 4, 2)
             features.append(F.relu(F.conv2d(x, w, None, 1, 3)).flatten(2)[0].T)
         return features
 
@@ -229,7 +261,7 @@ class Canvas(nn.Module):
 
     def __init__(self, image):
         super().__init__()
-        self.image = nn.Parameter(torch.from_numpy(image[None]))  # (1, H, W, 3)
+        self.image = nn.Parameter(torch.tensor(image[None]))  # (1, H, W, 3), a copy
 
 
 # ---- optimizers: p parameter, g gradient, m and v running moments (zeros at first), t = 1, 2, ... --------------------
@@ -353,6 +385,10 @@ class Learner:
         """Take up what save wrote, in whichever framework; returns the step to go on from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
+        for name, w in get_weights(self.model).items():
+            for key in (name, f"m.{name}", f"v.{name}"):
+                if key not in arrays or arrays[key].shape != w.shape:
+                    raise ValueError(f"{key} is missing or has another shape than {w.shape}")
         set_weights(self.model, arrays)
         self.t = meta["step"]
         self.m, self.v = (
@@ -397,23 +433,29 @@ class Trainer(Learner):
         """The filters of the first layer, numpy (n_out, n_in, k, k)."""
         return get_weights(self.model)["conv1.weight" if self.config.model == "lenet" else "stem.weight"]
 
-    def export(self, path):
-        """Write the network alone to a file that runs without this one: images (B, H, W, C) in, logits (B, n_out) out.
+    def export(self, path, names=()):
+        """Write the network alone to a file that runs without this one; returns what goes in and what comes out.
 
-        .pt2 (torch.export, any B), .mlpackage (Core ML, B = 1; needs coremltools), .mlxfn (MLX, B = 1, 2, 4 ... 64).
+        .pt2: torch.export, any B. .mlpackage: Core ML, B to 64, a ResNet 1. .mlxfn: MLX, B = 1, 2, 4 ... 64.
         """
         config = self.config
+        says = f"pixels (B, {config.size}, {config.size}, {config.n_in}) from 0 to 1 -> logits (B, {config.n_out})"
         x = torch.zeros(2, config.size, config.size, config.n_in, device=self.device)
         if str(path).endswith(".pt2"):
             program = torch.export.export(self.model, (x,), dynamic_shapes=({0: torch.export.Dim("B")},))
-            return torch.export.save(program, path)
+            torch.export.save(program, path, extra_files={"classes.json": json.dumps(names)})
+            return f"{says}, any B; the names are in its classes.json"
         import coremltools
 
-        traced = torch.jit.trace(self.model.cpu(), x[:1].cpu())
-        inputs = [coremltools.TensorType("image", (1, *x.shape[1:]))]
+        most = 64 if config.model == "lenet" else 1  # the converter wants to know the B of a group norm
+        traced = torch.jit.trace(self.model.cpu(), x[:most].cpu())
+        inputs = [coremltools.TensorType("image", (coremltools.RangeDim(1, most) if most > 1 else 1, *x.shape[1:]))]
         outputs = [coremltools.TensorType("logits")]
-        coremltools.convert(traced, inputs=inputs, outputs=outputs).save(str(path))
+        package = coremltools.convert(traced, inputs=inputs, outputs=outputs)
+        package.user_defined_metadata["classes"] = json.dumps(names)
+        package.save(str(path))
         self.model.to(self.device)
+        return f"{says}, B from 1 to {most}; the names are in its metadata"
 
 
 class Stylist(Learner):

@@ -30,7 +30,7 @@ RESNET = dict(model="resnet", channels=[16, 48, 96, 192], lr=0.02, label_smoothi
 MODELS = {"lenet": LENET, "resnet": RESNET}
 SETS = {  # defaults of the flags, by --data
     "digits": dict(LENET, steps=250, shift=2), "mnist": dict(LENET, steps=2000, shift=1),
-    "fashion": dict(LENET, steps=1400, shift=2), "cifar10": dict(RESNET, steps=800, shift=0),
+    "fashion": dict(LENET, steps=1400, shift=2, flip=True), "cifar10": dict(RESNET, steps=800, shift=0, flip=True),
 }  # fmt: skip
 FOLDER = dict(RESNET, steps=500, shift=3, size=32)
 STYLE = dict(steps=150, lr=0.05, warmup=0.0, size=256)
@@ -59,6 +59,8 @@ def read_args():
     add = parser.add_argument_group("kept too; --resume takes others").add_argument
     kept = [
         add("--shift", type=within("[0, 4096]", int), help="move each image by up to so many pixels while training"),
+        add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of them at random"),
+        add("--impl", choices=["builtin", "by-hand"], default="builtin", help="whose convolution and pooling"),
         add("--weights", help="style: VGG-19 in place of random filters: .pth; MLX: .safetensors"),
         add("--strength", type=within("[0, inf)"), default=100.0, help="style: weight of the style; the content has 1"),
         add("--tv", type=within("[0, inf)"), default=30.0, help="style: weight of the differences of neighbours"),
@@ -152,17 +154,17 @@ def main():
     """Arguments, task, model, checkpoint; train; report, and the result as the last line."""
     began, (args, saved) = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
+    fields, there = net.Config.__dataclass_fields__, saved["config"] if saved else {}
+    for name, value in there.items():
+        if name in fields and isinstance(value, str) != isinstance(fields[name].default, str):
+            fail(f"{ckpt} is damaged, its {name} is {value!r}: train anew without --resume, or name another --out")
     note, task = claim(args), TASKS[args.task](args, saved)
-    config = {name: value for name, value in args.memory.items() if name in net.Config.__dataclass_fields__}
-    config = {name: value for name, value in config.items() if value is not None} | task.config
-    if saved:
-        known = {**saved, **saved["config"]}
-        for name, value in (task.config | (task.extra if args.steps else {})).items():
-            if known.get(name, value) != value:
-                fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
-        config |= saved["config"]
+    for name, value in (task.config | (task.extra if args.steps else {})).items():
+        if saved and {**saved, **there}.get(name, value) != value:
+            fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
+    config = {name: x for name, x in args.memory.items() if name in fields and x is not None} | task.config
     try:
-        trainer = task.trainer(net, net.Config(**config))
+        trainer = task.trainer(net, net.Config(**config | there))
         start = trainer.load(ckpt) if saved else 0
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
@@ -193,5 +195,5 @@ if __name__ == "__main__":
     except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
         os._exit(141)
     except (OSError, MemoryError) as error:  # a full disk, a folder that may not be written to, too little memory
-        print(f"train.py: {error or 'there is too little memory'}: make room, or change --out", file=sys.stderr)
+        print(f"train.py: {str(error)[:500] or 'too little memory'}: make room, or change --out", file=sys.stderr)
         os._exit(2)

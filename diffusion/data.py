@@ -5,6 +5,7 @@ One class a task, all in numpy. A new task is one more class, named in TASKS at 
 
 import argparse
 import atexit
+import functools
 import gzip
 import hashlib
 import json
@@ -132,14 +133,14 @@ def record(out, row, first):
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
+    image = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
+    draw.text((1260, 14), f"step {row['step']}", (60, 60, 60), font, anchor="ra")
     for i, name in enumerate(names):
-        y = np.array([row[name] for row in rows])
+        x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
         draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
-        draw.line(list(zip(20 + 1240 * x / x[-1], 280 * i + 260 - 190 * height)), (31, 119, 180), 5, joint="curve")
+        draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
@@ -283,19 +284,33 @@ def load_cifar10():
         fail(f"{path} is damaged ({error}): delete it, and it will be downloaded again")
 
 
+def open_image(path):
+    """An image file as an RGB image, the right way up, on white where it is transparent; else one line and the end."""
+    Image.MAX_IMAGE_PIXELS = 25_000_000  # of twice as many, which take 1 GB and more, Pillow makes an error
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        if image.mode[0] in "IF":  # grey of more than 8 bits: convert would clip it
+            grey = np.nan_to_num(np.asarray(image, np.float32))
+            tops = (1, 255, 65535) if image.mode == "F" else (65535,)
+            white = next((top for top in tops if top >= grey.max()), grey.max())
+            image = Image.fromarray(np.uint8((grey / white).clip(0, 1) * 255 + 0.5))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # Pillow has many words for a file that is broken
+        fail(f"{path} is no picture that can be read ({error}): take it away, or name a PNG or JPEG file")
+
+
 def read_folder(folder, size):
     """The pictures of a folder, cut to squares of `size`: all but every tenth, numbers for labels; then the others."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
-    if len(files) < 20:
-        fail(f"--data {folder} is neither one of the sets that --help names nor a folder of 20 pictures or more")
-    images = np.empty((len(files), size, size, 3), np.uint8)
-    for i, file in enumerate(files):
-        try:
-            with Image.open(file) as image:
-                images[i] = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            fail(f"{file} is no picture that can be read ({error}): take it out of the folder")
-    number, held = np.arange(len(files)), np.arange(len(files)) % 10 == 9
+    if len(files) < 2:
+        fail(f"--data {folder} is neither one of the sets that --help names nor a folder of 2 pictures or more")
+    images = np.stack([np.asarray(ImageOps.fit(open_image(file), (size, size))) for file in files])
+    number, every = np.arange(len(files)), min(10, len(files))
+    held = number % every == every - 1
     return images[~held], number[~held], images[held], number[held]
 
 
@@ -305,6 +320,11 @@ def floats(images):
 
 def pixels(x):
     return (x * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def in_parts(function, x, n=1000):
+    """function(x) for n rows of x at a time, so that a large set needs no large memory."""
+    return np.concatenate([function(x[i : i + n]) for i in range(0, len(x), n)])
 
 
 SIZES, PLACES = ("small", "big"), ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
@@ -342,33 +362,122 @@ def draw_shape(caption, rng, size=32):
     return noisy.clip(0, 255).astype(np.uint8)
 
 
-def read_shape(image):
-    """What a picture (size, size, 3) uint8 shows: (size, colour, place); the check on what was asked for."""
-    image = image.astype(float)
+def cover(image):
+    """How far each pixel of (size, size, 3) uint8 is from the ground's colour, numbers from 0 to 255 sqrt(3)."""
     edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    away = np.linalg.norm(image - np.median(edge, 0), axis=-1)  # from the ground's colour
+    return np.linalg.norm(image - np.median(edge, 0), axis=-1)
+
+
+def outline(away):
+    """What a shape looks like wherever it is: the strengths of its waves, a unit vector."""
+    away = (away / max(np.quantile(away, 0.98), 1)).clip(0.2, 1)  # the ground has some noise
+    waves = np.abs(np.fft.rfft2(away - 0.2)).ravel()
+    return waves / max(np.linalg.norm(waves), 1e-9)
+
+
+@functools.cache
+def outlines(size):
+    """Examples of all shapes (960, n), to compare with."""
+    rng = np.random.default_rng(0)
+    return np.stack([outline(cover(draw_shape(caption, rng, size))) for caption in CAPTIONS * 2])
+
+
+def read_shape(image):
+    """What a picture (size, size, 3) uint8 shows: (size, colour, shape, place); the check on what was asked for."""
+    away = cover(image)
     inside = away > max(away.max() / 2, 25)
     rows, columns = (np.argwhere(inside) + 0.5).T / len(image)
     if len(rows) < 4:
-        return None, None, None
+        return None, None, None, None
     y, x = rows.mean() - 0.5, columns.mean() - 0.5
     radius = np.quantile(np.hypot(rows - rows.mean(), columns - columns.mean()), 0.97)
     hue = np.median(image[away > 0.8 * away.max()], 0)
     colour = min(COLOURS, key=lambda name: np.linalg.norm(COLOURS[name] - hue))
+    nearest = (outlines(len(image)) @ outline(away)).argmax()
+    shape = CAPTIONS[nearest % len(CAPTIONS)].split()[2]
     if math.hypot(x, y) < 0.12:
         place = "in the middle"
     elif abs(x) > abs(y):
         place = "on the left" if x < 0 else "on the right"
     else:
         place = "at the top" if y < 0 else "at the bottom"
-    return SIZES[int(radius > 0.185)], colour, place
+    return SIZES[int(radius > 0.185)], colour, shape, place
 
 
 def right(images, captions):
-    """The shares of pictures whose size, colour and place are what the captions say, and of those with all three."""
-    asked = [caption.split(" ", 3) for caption in captions]
-    same = np.array([[a == b for a, b in zip(read_shape(x), (w[0], w[1], w[3]))] for x, w in zip(images, asked)])
-    return dict(zip(("size", "colour", "place"), same.mean(0).tolist())) | {"accuracy": float(same.all(1).mean())}
+    """The shares of pictures whose size, colour, shape and place are what the captions say, and of those with all."""
+    same = np.array([np.equal(read_shape(x), caption.split(" ", 3)) for x, caption in zip(images, captions)])
+    figures = dict(zip(("size", "colour", "shape", "place"), same.mean(0).tolist()))
+    return figures | {"accuracy": float(same.all(1).mean())}
+
+
+# ---- how good the pictures made are ----------------------------------------------------------------------------------
+
+
+class Judge:
+    """Says of which class pictures (N, H, W, C) uint8 are: filters cut out of pictures, then two layers that learn.
+
+    Learns from at most 10,000 pictures x of the classes y, with chance of its own, so that it is the same in all runs.
+    Where all are of one class nothing is to learn, and its features are sums drawn by chance of what the filters see.
+    """
+
+    def __init__(self, x, y, n=800):
+        rng, x, target, self.filters = np.random.default_rng(0), x[:10000], np.eye(int(y.max()) + 1)[y[:10000]], None
+        some = self.look(x[:1000]).reshape(-1, 25 * x.shape[3])
+        some = some[some.std(1) >= some.std(1).mean()]
+        some = some[rng.integers(0, len(some), 32)].T
+        some = some - some.mean(0)  # an even surface says nothing
+        self.filters, self.mean, self.std = some / (np.linalg.norm(some, axis=0) + 1e-6), 0.0, 1.0
+        h = self.look(x)
+        self.mean, self.std = h.mean(0), h.std(0) + 1e-3 * h.std() + np.float32(1e-6)
+        h = (h - self.mean) / self.std
+        first = rng.standard_normal((h.shape[1], 64), np.float32) / np.float32(h.shape[1] ** 0.5)
+        self.w = [first, *(np.zeros(size, np.float32) for size in (64, (64, target.shape[1]), target.shape[1]))]
+        m, v = ([0 * w for w in self.w] for _ in range(2))
+        for step in range(1, n + 1):  # cross-entropy, half of the inputs left out, Adam
+            i = rng.integers(0, len(h), 100)
+            x = 2 * h[i] * (rng.random((100, h.shape[1]), np.float32) > 0.5)
+            p, z = self.classify(x)
+            d = np.float32(p - target[i]) / 100
+            dz = d @ self.w[2].T * (z > 0)
+            for j, g in enumerate((x.T @ dz, dz.sum(0), z.T @ d, d.sum(0))):
+                m[j], v[j] = 0.9 * m[j] + 0.1 * g, 0.99 * v[j] + 0.01 * g * g
+                lr = 2e-3 * (1 - step / n) * math.sqrt(1 - 0.99**step) / (1 - 0.9**step)
+                self.w[j] -= np.float32(lr) * m[j] / (np.sqrt(v[j]) + np.float32(1e-8))
+
+    def look(self, x):
+        """What each filter sees most of in each square of 4x4 places; before there are filters, all windows 5x5."""
+        (_, H, W, C), k = x.shape, -(-x.shape[1] // 32)  # large pictures are made smaller
+        x = x[:, : H // k * k, : W // k * k].reshape(-1, H // k, k, W // k, k, C).mean((2, 4), np.float32) / 255
+        h, w = (x.shape[1] - 4) // 4, (x.shape[2] - 4) // 4
+        windows = np.lib.stride_tricks.sliding_window_view(x[:, : 4 * h + 4, : 4 * w + 4], (5, 5), (1, 2))
+        if self.filters is None:
+            return windows
+        seen = in_parts(lambda part: np.abs(part.reshape(-1, len(self.filters)) @ self.filters).reshape(
+            -1, h, 4, w, 4, 32).max((2, 4)), windows, 250)  # fmt: skip
+        return (seen.reshape(len(x), -1) - self.mean) / self.std
+
+    def classify(self, h):
+        """Probabilities (N, classes) and features (N, 64) of what look() gives."""
+        z = np.maximum(h @ self.w[0] + self.w[1], 0)
+        s = z @ self.w[2] + self.w[3]
+        e = np.exp(s - s.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True), z
+
+    def __call__(self, x):
+        return self.classify(self.look(x))
+
+
+def frechet(a, b):
+    """The squared distance of Frechet between the normal distributions that fit the rows of a and b (N, n).
+
+    |mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances (Dowson and Landau 1982).
+    """
+    A, B = np.cov(a, rowvar=False, bias=True), np.cov(b, rowvar=False, bias=True)
+    values, vectors = np.linalg.eigh(A)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # A B has the eigenvalues of root B root, which is symmetric
+    both = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(A) + np.trace(B) - 2 * both)
 
 
 # ---- points: a mixture of normal distributions, whose density and score are known however much noise is added --------
@@ -478,14 +587,14 @@ class Pictures(Task):
         self.args, unit = args, args.fold * 2 ** (len(args.widths) - 1)
         if args.prompt is not None:
             fail("--prompt goes with --task text")
+        if args.blind and args.task != "inpaint":
+            fail("--blind goes with --task inpaint")
         least = 28 if args.data in ("digits", "mnist") else 8
         if args.size < least or args.size % unit:
             fail(f"--size must be {least} or more and a multiple of {unit}, for --fold and --widths halve it")
         self.x, self.y, self.test, self.test_y = self.load()
         n_class = int(self.y.max()) + 1
         self.n_class = n_class if n_class > 1 else 0
-        if args.batch_size > len(self.x):
-            fail(f"--batch-size {args.batch_size} is more than the {len(self.x)} pictures: make it smaller")
         self.config = dict(image=list(self.x.shape[1:]), n_class=self.n_class, T=T)
         self.extra = dict(digest=digest(self.x))
         self.about = f"{args.data}: {len(self.x):,} pictures, {len(self.test):,} held out"
@@ -538,17 +647,33 @@ class Pictures(Task):
         done = [round((i + 1) * args.sample_steps / len(way)) for i in range(len(way))]
         parts = {f"after {n} of {args.sample_steps} steps": x for n, x in zip(done, way)}
         name = f"class by class, guidance {args.guidance:g}" if self.n_class else "others"
-        parts[name] = self.draw(trainer, y, rng)[-1]
+        figures, x = self.scored(trainer, rng) if self.n_class else ({}, self.draw(trainer, y, rng)[-1])
+        parts[name] = x[: len(y)]
         if self.n_class and args.guidance != 1:
             parts["without guidance"] = self.draw(trainer, y[:columns], rng, guidance=1.0)[-1]
         parts["real pictures"] = floats(self.test[:columns])
-        bits = trainer.bound(floats(self.test[:50]) * 2 - 1, self.test_y[:50], rng)
+        # an upper bound in bits for each number of a picture whose class is told, by a chain of 50 steps
+        figures["bits"] = trainer.bound(floats(self.test[:50]) * 2 - 1, self.test_y[:50], rng)
         draw_rows(parts, columns).save(args.out / "sample.png", optimize=True)
-        return {"bits": bits}, ["sample.png"]
+        return figures, ["sample.png"]
+
+    def judged(self, x, y):
+        """{"accuracy", the share of pictures x of the class y; "judge", the same of held-out ones}; and features."""
+        judge, test, test_y = Judge(self.x, self.y), self.test[:2000], self.test_y[:2000]
+        (p, features), (real_p, real) = judge(pixels(x)), judge(test)
+        figures = {"accuracy": (p.argmax(1) == y).mean(), "judge": (real_p.argmax(1) == test_y).mean()}
+        return figures, features, real
+
+    def scored(self, trainer, rng, n=300):
+        """Figures of n pictures, classes in turn; and the pictures."""
+        y = np.arange(n) % self.n_class
+        x = in_parts(lambda y: self.draw(trainer, y, rng)[-1], y, 250)
+        figures, made, real = self.judged(x, y)
+        return figures | {"frechet": frechet(real, made)}, x
 
 
 class Inpaint(Pictures):
-    """The same network makes pictures with a hole whole."""
+    """The same network makes pictures with a hole whole. It is told the class of each, but for --blind."""
 
     def holes(self, n):
         """Masks (n, size, size, 1): 1 where the picture is known; a square of half its height is missing somewhere."""
@@ -559,13 +684,15 @@ class Inpaint(Pictures):
         return masks
 
     def report(self, trainer):
-        whole, rng = floats(self.test[:24]), np.random.default_rng((self.args.seed, 8))
+        whole, y, rng = floats(self.test[:24]), self.test_y[:24], np.random.default_rng((self.args.seed, 8))
         mask = self.holes(len(whole))
         known = dict(known=whole * 2 - 1, mask=mask)
-        x = self.draw(trainer, self.test_y[:24], rng, sampler="repaint", **known)[-1]
+        told = np.full_like(y, self.n_class) if self.args.blind else y
+        x = self.draw(trainer, told, rng, sampler="repaint", **known)[-1]
         parts = {"with a hole": whole * mask + 0.5 * (1 - mask), "made whole": x, "as they were": whole}
         draw_rows(parts).save(self.args.out / "sample.png", optimize=True)
-        return {"changed": float((np.abs(x - whole) * mask).max())}, ["sample.png"]  # of what is known
+        figures = self.judged(x, y)[0] if self.n_class else {}
+        return figures | {"changed": float((np.abs(x - whole) * mask).max())}, ["sample.png"]  # of what is known
 
 
 class Text(Task):
@@ -579,6 +706,8 @@ class Text(Task):
             fail(f"--size must be 8 or more and a multiple of {unit}, for --fold and --widths halve it")
         if args.data != "digits":
             fail("--data goes with --task pictures and inpaint: text makes its own")
+        if args.blind:
+            fail("--blind goes with --task inpaint")
         if not set(asked) <= set(self.words) or len(asked) > 6:
             fail(f"--prompt must be up to six of these words:{' '.join(self.words)}")
         held = set(np.random.default_rng(5).permutation(len(CAPTIONS))[:64].tolist())
@@ -615,7 +744,8 @@ class Text(Task):
         args, rng, drawn = self.args, np.random.default_rng((self.args.seed, 8)), [CAPTIONS[i] for i in self.new] * 2
         options = dict(sampler=args.sampler, steps=args.sample_steps, guidance=args.guidance)
         x = trainer.sample(self.encode(drawn), rng, **options)[-1] / 2 + 0.5
-        figures, x, shown = right(pixels(x), drawn), x[::8], drawn[::8]
+        some = sorted(range(64), key=lambda i: drawn[i].split()[2])[::4]  # of all six shapes
+        figures, x, shown = right(pixels(x), drawn), x[some], [drawn[i] for i in some]
         if args.prompt:
             shown = [args.prompt] * 8
             x = trainer.sample(self.encode(shown), rng, **options)[-1] / 2 + 0.5
@@ -631,8 +761,8 @@ class Toy(Task):
 
     def __init__(self, args, saved):
         self.args = args
-        if args.data != "digits" or args.prompt is not None:
-            fail("--task toy makes its own points: leave --data and --prompt out")
+        if args.data != "digits" or args.prompt is not None or args.blind:
+            fail("--task toy makes its own points: leave --data, --prompt and --blind out")
 
     def noised(self, n, *key):
         rng = np.random.default_rng((self.args.seed, *key))

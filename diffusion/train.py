@@ -4,8 +4,11 @@
 # ///
 """Train a diffusion model:  python train.py [--backend mlx] [--task toy] [--data mnist] [--sampler ddpm] ...
 
-Tasks: pictures (of the class asked for); inpaint (the same net makes pictures with a hole whole); text (pictures of a
-text, in the latents of an autoencoder); toy (points, whose score is known in closed form).
+Tasks: pictures (of the class asked for); inpaint (the same net makes pictures with a hole whole, told their class but
+for --blind); text (pictures of a text, in the latents of an autoencoder); toy (points, whose score is known).
+Figures: accuracy (the share of pictures that a small classifier takes for the class asked for), judge (the share of
+real ones on which it is right), frechet (the distance of Frechet in its features), bits (at most so many for each
+number of a picture whose class is told).
 --data: digits or flowers (synthetic), mnist, cifar10, or your own folder of pictures.
 """
 
@@ -31,7 +34,7 @@ except ImportError as error:
 MODEL = "diffusion"
 DEFAULTS = {  # of the flags, task by task
     "pictures": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], fold=2, guidance=2.0, sample_steps=50),
-    "inpaint": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], fold=2, guidance=1.0, sample_steps=50),
+    "inpaint": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], fold=2, guidance=2.0, sample_steps=50),
     "text": dict(steps=2000, batch_size=32, lr=0.01, widths=[64, 128], fold=1, guidance=2.0, sample_steps=30),
     "toy": dict(steps=2000, batch_size=256, lr=0.01, widths=[128, 128, 128], fold=1, guidance=1.0, sample_steps=50),
 }
@@ -71,11 +74,15 @@ def read_args():
     add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (without: the best there is)")
     add("--out", type=Path, help="the folder for what the run writes")
     add("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
-    add("--sampler", choices=["ddim", "ddpm", "heun", "langevin"], default="ddim", help="from noise to pictures")
+    add("--sampler", choices=["ddim", "ddpm", "heun", "langevin"], default="ddim", help="heun: two calls a step")
     add("--sample-steps", type=within("[2, 1000]", int), help="of the sampler")
     add("--guidance", type=within("[0, 99)"), help="1: none; more: more as the class or the text says")
+    add("--blind", action="store_true", help="inpaint: the class is not told, and guidance has no effect")
     add("--prompt", help="text: what to draw, such as: big blue star on the right")
-    return parse(parser, MODEL, fixed, kept, defaults)
+    args, saved = parse(parser, MODEL, fixed, kept, defaults)
+    if saved:
+        saved["config"].pop("weight_decay", None)  # older checkpoints have it, as 0
+    return args, saved
 
 
 def rate(step, args):
@@ -153,17 +160,17 @@ def main():
     """Arguments, task, model, checkpoint; train; report, and the result as the last line."""
     began, (args, saved) = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
+    fields, there = net.Config.__dataclass_fields__, saved["config"] if saved else {}
+    for name, value in there.items():
+        if name in fields and isinstance(value, str) != isinstance(fields[name].default, str):
+            fail(f"{ckpt} is damaged, its {name} is {value!r}: train anew without --resume, or name another --out")
     note, task = claim(args), TASKS[args.task](args, saved)
-    config = {name: value for name, value in args.memory.items() if name in net.Config.__dataclass_fields__}
-    config = {name: value for name, value in config.items() if value is not None} | task.config
-    if saved:
-        known = {**saved, **saved["config"]}
-        for name, value in (task.config | (task.extra if args.steps else {})).items():
-            if known.get(name, value) != value:
-                fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
-        config |= saved["config"]
+    for name, value in (task.config | (task.extra if args.steps else {})).items():
+        if saved and {**saved, **there}.get(name, value) != value:
+            fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
+    config = {name: x for name, x in args.memory.items() if name in fields and x is not None} | task.config
     try:
-        trainer = task.trainer(net, net.Config(**config))
+        trainer = task.trainer(net, net.Config(**config | there))
         start = trainer.load(ckpt) if saved else 0
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
@@ -194,5 +201,5 @@ if __name__ == "__main__":
     except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
         os._exit(141)
     except (OSError, MemoryError) as error:  # a full disk, a folder that may not be written to, too little memory
-        print(f"train.py: {error or 'there is too little memory'}: make room, or change --out", file=sys.stderr)
+        print(f"train.py: {str(error)[:500] or 'too little memory'}: make room, or change --out", file=sys.stderr)
         os._exit(2)

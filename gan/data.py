@@ -132,14 +132,14 @@ def record(out, row, first):
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
+    image = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
+    draw.text((1260, 14), f"step {row['step']}", (60, 60, 60), font, anchor="ra")
     for i, name in enumerate(names):
-        y = np.array([row[name] for row in rows])
+        x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
         draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
-        draw.line(list(zip(20 + 1240 * x / x[-1], 280 * i + 260 - 190 * height)), (31, 119, 180), 5, joint="curve")
+        draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
@@ -265,19 +265,33 @@ def make_flowers(n, size, seed):
     return images, petals
 
 
+def open_image(path):
+    """An image file as an RGB image, the right way up, on white where it is transparent; else one line and the end."""
+    Image.MAX_IMAGE_PIXELS = 25_000_000  # of twice as many, which take 1 GB and more, Pillow makes an error
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        if image.mode[0] in "IF":  # grey of more than 8 bits: convert would clip it
+            grey = np.nan_to_num(np.asarray(image, np.float32))
+            tops = (1, 255, 65535) if image.mode == "F" else (65535,)
+            white = next((top for top in tops if top >= grey.max()), grey.max())
+            image = Image.fromarray(np.uint8((grey / white).clip(0, 1) * 255 + 0.5))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # Pillow has many words for a file that is broken
+        fail(f"{path} is no picture that can be read ({error}): take it away, or name a PNG or JPEG file")
+
+
 def read_folder(folder, size):
     """The pictures of a folder, cut to squares of `size`: all but every tenth, numbers for labels; then the others."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
-    if len(files) < 20:
-        fail(f"--data {folder} is neither one of the sets that --help names nor a folder of 20 pictures or more")
-    images = np.empty((len(files), size, size, 3), np.uint8)
-    for i, file in enumerate(files):
-        try:
-            with Image.open(file) as image:
-                images[i] = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            fail(f"{file} is no picture that can be read ({error}): take it out of the folder")
-    number, held = np.arange(len(files)), np.arange(len(files)) % 10 == 9
+    if len(files) < 2:
+        fail(f"--data {folder} is neither one of the sets that --help names nor a folder of 2 pictures or more")
+    images = np.stack([np.asarray(ImageOps.fit(open_image(file), (size, size))) for file in files])
+    number, every = np.arange(len(files)), min(10, len(files))
+    held = number % every == every - 1
     return images[~held], number[~held], images[held], number[held]
 
 
@@ -299,15 +313,66 @@ def pixels(x):
     return (x * 255).round().clip(0, 255).astype(np.uint8)
 
 
-SIZES, PLACES = ("small", "big"), ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
-
-
 def in_parts(function, x, n=1000):
     """function(x) for n rows of x at a time, so that a large set needs no large memory."""
     return np.concatenate([function(x[i : i + n]) for i in range(0, len(x), n)])
 
 
-# ---- how near the pictures made are to real ones ---------------------------------------------------------------------
+# ---- how good the pictures made are ----------------------------------------------------------------------------------
+
+
+class Judge:
+    """Says of which class pictures (N, H, W, C) uint8 are: filters cut out of pictures, then two layers that learn.
+
+    Learns from at most 10,000 pictures x of the classes y, with chance of its own, so that it is the same in all runs.
+    Where all are of one class nothing is to learn, and its features are sums drawn by chance of what the filters see.
+    """
+
+    def __init__(self, x, y, n=800):
+        rng, x, target, self.filters = np.random.default_rng(0), x[:10000], np.eye(int(y.max()) + 1)[y[:10000]], None
+        some = self.look(x[:1000]).reshape(-1, 25 * x.shape[3])
+        some = some[some.std(1) >= some.std(1).mean()]
+        some = some[rng.integers(0, len(some), 32)].T
+        some = some - some.mean(0)  # an even surface says nothing
+        self.filters, self.mean, self.std = some / (np.linalg.norm(some, axis=0) + 1e-6), 0.0, 1.0
+        h = self.look(x)
+        self.mean, self.std = h.mean(0), h.std(0) + 1e-3 * h.std() + np.float32(1e-6)
+        h = (h - self.mean) / self.std
+        first = rng.standard_normal((h.shape[1], 64), np.float32) / np.float32(h.shape[1] ** 0.5)
+        self.w = [first, *(np.zeros(size, np.float32) for size in (64, (64, target.shape[1]), target.shape[1]))]
+        m, v = ([0 * w for w in self.w] for _ in range(2))
+        for step in range(1, n + 1):  # cross-entropy, half of the inputs left out, Adam
+            i = rng.integers(0, len(h), 100)
+            x = 2 * h[i] * (rng.random((100, h.shape[1]), np.float32) > 0.5)
+            p, z = self.classify(x)
+            d = np.float32(p - target[i]) / 100
+            dz = d @ self.w[2].T * (z > 0)
+            for j, g in enumerate((x.T @ dz, dz.sum(0), z.T @ d, d.sum(0))):
+                m[j], v[j] = 0.9 * m[j] + 0.1 * g, 0.99 * v[j] + 0.01 * g * g
+                lr = 2e-3 * (1 - step / n) * math.sqrt(1 - 0.99**step) / (1 - 0.9**step)
+                self.w[j] -= np.float32(lr) * m[j] / (np.sqrt(v[j]) + np.float32(1e-8))
+
+    def look(self, x):
+        """What each filter sees most of in each square of 4x4 places; before there are filters, all windows 5x5."""
+        (_, H, W, C), k = x.shape, -(-x.shape[1] // 32)  # large pictures are made smaller
+        x = x[:, : H // k * k, : W // k * k].reshape(-1, H // k, k, W // k, k, C).mean((2, 4), np.float32) / 255
+        h, w = (x.shape[1] - 4) // 4, (x.shape[2] - 4) // 4
+        windows = np.lib.stride_tricks.sliding_window_view(x[:, : 4 * h + 4, : 4 * w + 4], (5, 5), (1, 2))
+        if self.filters is None:
+            return windows
+        seen = in_parts(lambda part: np.abs(part.reshape(-1, len(self.filters)) @ self.filters).reshape(
+            -1, h, 4, w, 4, 32).max((2, 4)), windows, 250)  # fmt: skip
+        return (seen.reshape(len(x), -1) - self.mean) / self.std
+
+    def classify(self, h):
+        """Probabilities (N, classes) and features (N, 64) of what look() gives."""
+        z = np.maximum(h @ self.w[0] + self.w[1], 0)
+        s = z @ self.w[2] + self.w[3]
+        e = np.exp(s - s.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True), z
+
+    def __call__(self, x):
+        return self.classify(self.look(x))
 
 
 def frechet(a, b):
@@ -315,19 +380,11 @@ def frechet(a, b):
 
     |mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances (Dowson and Landau 1982).
     """
-    if not np.isfinite(b).all():
-        return math.nan
-    A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    A, B = np.cov(a, rowvar=False, bias=True), np.cov(b, rowvar=False, bias=True)
     values, vectors = np.linalg.eigh(A)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # A B has the eigenvalues of root B root, which is symmetric
     both = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(A) + np.trace(B) - 2 * both)
-
-
-def features(x, n=64):
-    """Pictures (N, H, W, C) -> (N, n): random sums of the pixels, which keep distances, on the average."""
-    x = x.reshape(len(x), -1)
-    return x @ (np.random.default_rng(5).standard_normal((x.shape[1], n)) / math.sqrt(n))
 
 
 # ---- the game in one dimension: densities on a grid, so that the best discriminator and all integrals are known ------
@@ -386,7 +443,7 @@ def draw_rows(parts, columns=12):
     return image.convert("L") if sheet.shape[2] == 1 else image
 
 
-def spread(looks, n):
+def some_of(looks, n):
     """About n of the looks {step: array}, the early ones closer together, the present one last."""
     steps, last = list(looks), len(looks) - 1
     chosen = sorted({round(last * (i / (n - 1)) ** 2) for i in range(n)})
@@ -415,7 +472,7 @@ def draw_game(looks):
     """{step: (q, D)}: four of the looks, and all along the steps what V is and what it would be at the best D."""
     image, steps = Image.new("RGB", (1600, 1440), (PAPER,) * 3), list(looks)
     draw = ImageDraw.Draw(image)
-    for i, (step, (q, d)) in enumerate(spread(looks, 4).items()):
+    for i, (step, (q, d)) in enumerate(some_of(looks, 4).items()):
         x, y = 30 + 790 * (i % 2), 60 + 450 * (i // 2)
         lines = {"p": (GRID, P / P.max() * 0.6, INK["p"]), "q": (GRID, q / P.max() * 0.6, INK["q"])}
         seen = P + q > 1e-3  # beyond, the few samples say little of q
@@ -424,8 +481,15 @@ def draw_game(looks):
     figures = [theory(*look) for look in looks.values()]
     lines = {"-log 4 + 2 JSD(p, q)": (steps, [f["bound"] for f in figures], INK["D*"])}
     lines |= {"V": (steps, [f["value"] for f in figures], INK["D"])}
-    span = (0, -1.5, max(steps[-1], 1), -0.9)
-    draw_lines(draw, (30, 960, 1570, 1410), lines, span, "the value of the game, from -1.5 to -0.9")
+    span, box = (0, -1.5, max(steps[-1], 1), -0.9), (110, 960, 1570, 1410)
+    draw_lines(draw, box, lines, span, "the value of the game; dashed: -log 4, D = 1/2 everywhere")
+    for mark in (-0.9, -1.1, -1.3, -1.5, -math.log(4)):
+        v = 1410 + (mark + 1.5) / 0.6 * (960 - 1410)
+        if mark == -math.log(4):
+            for u in range(110, 1570, 30):
+                draw.line([(u, v), (u + 15, v)], INK["D*"], 2)
+        else:
+            draw.text((100, v), f"{mark:.1f}", (60, 60, 60), ImageFont.load_default(26), anchor="rm")
     return image.reduce(2)
 
 
@@ -480,11 +544,10 @@ class Pictures(Game):
         least, halved = 28 if args.data in ("digits", "mnist") else 8, len(args.hidden) if args.model == "dcgan" else 1
         if args.size < least or args.size % 2**halved:
             fail(f"--size must be {least} or more and a multiple of {2**halved}: each of a dcgan's --hidden halves it")
-        self.train, test = self.load()
-        if args.batch_size > len(self.train):
-            fail(f"--batch-size {args.batch_size} is more than the {len(self.train)} pictures: make it smaller")
-        self.test = floats(test) * 2 - 1  # from -1 to 1, as G makes them
-        self.real, self.won = features(self.test), False
+        self.train, labels, test, self.test_y = self.load()
+        self.test, self.won = floats(test) * 2 - 1, False  # from -1 to 1, as G makes them
+        self.judge = Judge(self.train, labels)
+        self.real_p, self.real = self.judge(test[:2000])
         self.z = np.random.default_rng((args.seed, 2)).standard_normal((1000, args.latent), np.float32)
         self.config = dict(image=list(self.train.shape[1:]))
         self.extra = dict(digest=digest(self.train))
@@ -493,20 +556,24 @@ class Pictures(Game):
             self.recall()
 
     def load(self):
-        """Pictures (N, H, W, C) uint8 to train on, and held-out ones."""
+        """Pictures (N, H, W, C) uint8 to train on and their classes (N,), then held-out ones."""
         args, edge = self.args, (self.args.size - 28) // 2
         parts = (args.count, args.seed), (args.count // 5, args.seed + 1)  # synthetic ones: how many, of which seed
         if args.data == "flowers":
-            return [make_flowers(n, args.size, seed)[0] for n, seed in parts]
+            x, y, test, test_y = sum((make_flowers(n, args.size, seed) for n, seed in parts), ())
+            return x, y - 4, test, test_y - 4  # 4 ... 9 petals
         if args.data == "digits":
+            x, y, test, test_y = sum((make_digits(n, seed) for n, seed in parts), ())
             # without their grain: a G that draws from few numbers can't make each pixel's noise, and D would look at it
-            grey = [centred(pixels((make_digits(n, seed)[0] - 40.0) / 105)) for n, seed in parts]
+            x, test = (centred(pixels((images - 40.0) / 105)) for images in (x, test))
         elif args.data in IDX:
-            grey = load_idx(args.data)[::2]
+            x, y, test, test_y = load_idx(args.data)
         else:
-            return read_folder(args.data, args.size)[::2]
+            x, y, test, test_y = read_folder(args.data, args.size)
+            return x, 0 * y, test, 0 * test_y
         # a black frame: 32 pixels can be halved three times
-        return [np.pad(x, ((0, 0), (edge, edge), (edge, edge)))[..., None] for x in grey]
+        x, test = (np.pad(images, ((0, 0), (edge, edge), (edge, edge)))[..., None] for images in (x, test))
+        return x, y, test, test_y
 
     def draw(self, rng, shape):
         """Real pictures (*shape, H, W, C)."""
@@ -520,7 +587,8 @@ class Pictures(Game):
             print("the discriminator has won: D(x) and 1 - D(G(z)) are 0.9 and more; if G learns no more, lower --d-lr "
                   "or try --smoothing 0.1 or --loss wgan-gp")  # fmt: skip
         made = in_parts(trainer.generate, z, 250)
-        figures["frechet"] = frechet(self.real, features(made))
+        self.p, features = self.judge(pixels(made / 2 + 0.5))
+        figures["frechet"] = frechet(self.real, features)
         self.keep(trainer, made[:12] / 2 + 0.5, figures, whole)
         return figures
 
@@ -542,11 +610,16 @@ class Pictures(Game):
         angle = np.linspace(0, np.pi / 2, 12, dtype=np.float32)[:, None]  # on the arc each z is as likely as its ends
         ends = self.z[12:16].reshape(2, 2, -1)
         walks = np.concatenate([np.cos(angle) * a + np.sin(angle) * b for a, b in ends])
-        rows = {f"the same twelve z, step {step}": x for step, x in spread(self.looks, 6).items()}
+        rows = {f"the same twelve z, step {step}": x for step, x in some_of(self.looks, 6).items()}
         rows |= {"other z": make(self.z[20:44]), "walks between two z": make(walks)}
         rows["real pictures"] = self.test[:12] / 2 + 0.5
         draw_rows(rows).save(self.args.out / "sample.png", optimize=True)
-        return {}, ["sample.png", self.file]
+        figures, classes = {}, self.p.shape[1]  # of the 1,000 pictures of the last evaluation
+        if classes > 1:
+            figures["least_share"] = np.bincount(self.p.argmax(1), minlength=classes).min() / len(self.p)
+            figures["sure"] = (self.p.max(1) > 0.9).mean()
+            figures["judge"] = (self.real_p.argmax(1) == self.test_y[: len(self.real_p)]).mean()
+        return figures, ["sample.png", self.file]
 
 
 class Toy(Game):

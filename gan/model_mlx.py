@@ -26,6 +26,8 @@ import os
 from dataclasses import asdict, dataclass
 from functools import partial
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -122,7 +124,7 @@ class ConvGenerator(nn.Module):
     def __call__(self, z):
         """z (B, latent) -> (B, H, W, C)"""
         x = self.inp(z).reshape(-1, *self.small)
-        return self.net(x)  # torch's layers want (B, C, H, W)
+        return self.net(x)
 
 
 class ConvDiscriminator(nn.Module):
@@ -224,6 +226,8 @@ def get_weights(model):
 
 def set_weights(model, weights):
     """Put {name: numpy array} in place of the model's parameters and running statistics."""
+    if missing := sorted(get_weights(model).keys() - weights.keys()):
+        raise ValueError(f"{missing[0]} is missing")
     weights = from_numpy(model, {name: weights[name] for name in get_weights(model)})
     model.update(tree_unflatten(list(weights.items())))
 
@@ -333,6 +337,9 @@ class Trainer:
         set_weights(self.average, {name.removeprefix("average."): a for name, a in arrays.items()})
         self.t = meta["step"]
         m, v = ({name[2:]: a for name, a in arrays.items() if name[:2] == f"{kind}."} for kind in "mv")
+        for name in get_weights(self.model):
+            if "running" not in name and not (name in m and name in v):
+                raise ValueError(f"the moments of {name} are missing")
         m, v = from_numpy(self.model, m), from_numpy(self.model, v)
         for player, optimizer in self.optimizers.items():
             updates = self.t * (self.config.d_steps if player == "discriminator" else 1)

@@ -31,6 +31,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+
 
 @dataclass
 class Config:
@@ -203,6 +205,8 @@ def get_weights(model):
 
 def set_weights(model, weights):
     """Put {name: numpy array} in place of the model's parameters and running statistics."""
+    if missing := sorted(get_weights(model).keys() - weights.keys()):
+        raise ValueError(f"{missing[0]} is missing")
     weights = from_numpy(model, {name: weights[name] for name in get_weights(model)})
     model.load_state_dict(weights, strict=False)  # without the norms' count of batches, which nothing reads
 
@@ -319,6 +323,9 @@ class Trainer:
         set_weights(self.average, {name.removeprefix("average."): a for name, a in arrays.items()})
         self.t = meta["step"]
         m, v = ({name[2:]: a for name, a in arrays.items() if name[:2] == f"{kind}."} for kind in "mv")
+        for name in get_weights(self.model):
+            if "running" not in name and not (name in m and name in v):
+                raise ValueError(f"the moments of {name} are missing")
         m, v = from_numpy(self.model, m), from_numpy(self.model, v)
         for name, p in self.model.named_parameters():
             player = name.split(".")[0]

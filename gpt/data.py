@@ -143,14 +143,14 @@ def record(out, row, first):
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
+    image = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
+    draw.text((1260, 14), f"step {row['step']}", (60, 60, 60), font, anchor="ra")
     for i, name in enumerate(names):
-        y = np.array([row[name] for row in rows])
+        x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
         draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
-        draw.line(list(zip(20 + 1240 * x / x[-1], 280 * i + 260 - 190 * height)), (31, 119, 180), 5, joint="curve")
+        draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
@@ -233,7 +233,7 @@ class Characters:
         self.codes = np.array([ord(c) for c in alphabet])
 
     def encode(self, text):
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         if unknown := set(codes[self.codes[ids] != codes].tolist()):
             fail(f"the model's alphabet lacks {', '.join(repr(chr(c)) for c in sorted(unknown)[:5])}: leave it out")
@@ -343,7 +343,7 @@ def read_safetensors(folder):
                     w = raw[start:][slice(*entry["data_offsets"])].view(types[entry["dtype"]]).reshape(entry["shape"])
                     bits = entry["dtype"] == "BF16"  # the upper half of a float32
                     yield name, (w.astype(np.uint32) << 16).view(np.float32) if bits else w.astype(np.float32)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             fail(f"{file} is damaged ({error}): fetch it again")
 
 
@@ -353,13 +353,18 @@ def load_gpt2(folder):
         c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = {name: c[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         meta = {"config": {"block_size": c["n_positions"], **config}, "tokenizer": c.get("tokenizer", ["gpt2", None])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(n, int) and 0 < n < 2**31 for n in meta["config"].values()):
+            raise ValueError("a size is no whole number, or far too large")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{folder} has no config.json of a GPT-2 ({error!r}): name a ckpt.npz, or GPT-2 as Hugging Face stores it")
     weights = {}
     for name, w in read_safetensors(folder):
         name = name.removeprefix("transformer.")
         if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):  # masks; the head is the embedding
             weights[name] = w.T.copy() if name.endswith(CONV1D) else w
+    c, there = meta["config"], sum(w.size for w in weights.values())
+    if there < c["n_embd"] * (12 * c["n_layer"] * c["n_embd"] + c["vocab_size"] + c["block_size"]):
+        fail(f"{folder} lacks weights, it has {there:,} numbers, too few for its config.json: fetch it again")
     return meta, weights
 
 
@@ -409,11 +414,12 @@ def export_gpt2(folder, meta, weights):
 def load_messages(path):
     """The dialogues of a file in which each line is JSON: {"messages": [{"role": "user", "content": "..."}, ...]}."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        dialogues = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines if line]
-        if not all(isinstance(text, str) for dialogue in dialogues for message in dialogue for text in message):
+        lines = filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n"))
+        dialogues = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines]
+        texts = [text for dialogue in dialogues for message in dialogue for text in message]
+        if not all(isinstance(text, str) and text == text.encode(errors="ignore").decode() for text in texts):
             raise ValueError("a role or a content is no text")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f'{path} must have lines like {{"messages": [{{"role": "user", "content": "..."}}]}} ({error!r})')
     if not dialogues:
         fail(f"{path} has no dialogue in it")
@@ -541,9 +547,13 @@ def talk(trainer, tokenizer, args):
     dialogue = []
     while True:
         try:
-            dialogue.append(("user", input("\nyou: ")))
+            asked = input("\nyou: ")
+            tokenizer.encode(asked)
         except EOFError:
             return print()
+        except SystemExit:  # the alphabet lacks a character, as fail has said
+            continue
+        dialogue.append(("user", asked))
         while len(ids := render(tokenizer, dialogue, answer=True)[0]) > args.block_size // 2 and dialogue[1:]:
             del dialogue[:2]
         print("gpt: ", end="")
@@ -570,7 +580,15 @@ class Writing(Task):
                 fail(f"--export-hf {args.export_hf} can't be made a folder ({error.strerror}): name another")
             if {file.name for file in args.export_hf.glob("*.safetensors")} - {"model.safetensors"}:
                 fail(f"--export-hf {args.export_hf} holds another model: name an empty folder")
+        if args.chat or args.prompt == "-":
+            if args.world > 1:
+                fail("--chat and --prompt - are for one process: leave them to a later run")
+            if sys.stdin is None:
+                fail("the standard input is closed, from which --chat and --prompt - read: leave them out")
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        if any("\ud800" <= c <= "\udfff" for c in args.prompt or ""):
+            fail("--prompt has characters that are no text: type it in UTF-8")
         self.args, self.weights, meta = args, None, saved
         if args.init and not saved:
             meta, self.weights = read_model(Path(args.init))
@@ -689,7 +707,7 @@ class Chat(Writing):
         text = "".join(role + "\n" + content + END for dialogue in self.train for role, content in dialogue)
         self.begin(args, saved, text + string.printable)  # so that all can be asked
         self.val = [[tuple(map(self.readable, message)) for message in dialogue] for dialogue in val]
-        self.ask([dialogue[0][1] for dialogue in self.val[:6]])
+        self.ask([dict(reversed(dialogue)).get("user", dialogue[0][1]) for dialogue in self.val[:6]])
         self.extra["digest"] = digest(self.tokenizer.encode(text))
         n = len(self.train), len(self.val)
         self.about = f"{args.data or 'generated'}: {n[0]:,} dialogues to train on, {n[1]:,} held out"

@@ -15,6 +15,8 @@ import math
 import os
 from dataclasses import asdict, dataclass
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -407,7 +409,9 @@ class Trainer:
             self.keep_reference()
             set_weights(self.reference, {name[4:]: w for name, w in arrays.items() if name.startswith("ref.")})
         self.t = meta["step"]
-        for name in self.m:
-            self.m[name] = mx.array(arrays[f"m.{name}"])
-            self.v[name] = mx.array(arrays[f"v.{name}"])
+        for key, moments in (("m", self.m), ("v", self.v)):
+            for name in moments:
+                if arrays[f"{key}.{name}"].shape != arrays[name].shape:
+                    raise ValueError(f"{key}.{name} has another shape than {name}")
+                moments[name] = mx.array(arrays[f"{key}.{name}"])
         return self.t

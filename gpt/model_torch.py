@@ -23,6 +23,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+
 
 @dataclass
 class Config:
@@ -410,7 +412,9 @@ class Trainer:
             self.keep_reference()
             set_weights(self.reference, {name[4:]: w for name, w in arrays.items() if name.startswith("ref.")})
         self.t = meta["step"]
-        for name in self.m:
-            self.m[name] = torch.from_numpy(arrays[f"m.{name}"]).to(self.device)
-            self.v[name] = torch.from_numpy(arrays[f"v.{name}"]).to(self.device)
+        for key, moments in (("m", self.m), ("v", self.v)):
+            for name in moments:
+                if arrays[f"{key}.{name}"].shape != arrays[name].shape:
+                    raise ValueError(f"{key}.{name} has another shape than {name}")
+                moments[name] = torch.from_numpy(arrays[f"{key}.{name}"]).to(self.device)
         return self.t

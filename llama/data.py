@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pydoc_data.topics
+import shutil
 import sys
 import time
 from http.client import HTTPException
@@ -28,6 +29,17 @@ SIZES = {  # of models, by their number of parameters
     "7B": dict(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, n_hidden=11008, tied=False),  # Llama 2's
     "8B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_hidden=14336, tied=False, rope_theta=5e5),  # 3's
 }
+WHOLE = {  # what Config and the config.json of Hugging Face both have, by the names there: whole numbers, and others
+    "block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "head_dim": "head_dim",
+    "n_embd": "hidden_size", "n_hidden": "intermediate_size", "rope_context": "original_max_position_embeddings",
+}  # fmt: skip
+REAL = {"norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "rope_factor": "factor",
+        "rope_low": "low_freq_factor", "rope_high": "high_freq_factor"}  # fmt: skip
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # here one matrix
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+             "merges.txt", "chat_template.jinja")  # fmt: skip
+SHARD = 2 * 10**9  # bytes of a file of weights, at most
 SHAPE = "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"  # each has a flag of its own, too
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # how a text is cut into words
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -149,14 +161,14 @@ def record(out, row, first):
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
+    image = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
+    draw.text((1260, 14), f"step {row['step']}", (60, 60, 60), font, anchor="ra")
     for i, name in enumerate(names):
-        y = np.array([row[name] for row in rows])
+        x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
         draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
-        draw.line(list(zip(20 + 1240 * x / x[-1], 280 * i + 260 - 190 * height)), (31, 119, 180), 5, joint="curve")
+        draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
@@ -230,7 +242,7 @@ def read_safetensors(folder):
                     w = raw[start:][slice(*entry["data_offsets"])].view(types[entry["dtype"]]).reshape(entry["shape"])
                     bits = entry["dtype"] == "BF16"  # the upper half of a float32
                     yield name, (w.astype(np.uint32) << 16).view(np.float32) if bits else w.astype(np.float32)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             fail(f"{file} is damaged ({error}): fetch it again")
 
 
@@ -240,32 +252,103 @@ def load_llama(folder):
         c = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         rope = {**c, **(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        size = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
         usual = c["model_type"] == "llama" and c.get("hidden_act", "silu") == "silu"
-        usual = usual and not c.get("attention_bias") and not c.get("mlp_bias")
-        if not usual or size * c["num_attention_heads"] != c["hidden_size"]:
+        if not usual or c.get("attention_bias") or c.get("mlp_bias"):
             fail(f"{folder} holds a {c['model_type']} with parts that Llama has not: name a folder with a Llama")
         if kind not in ("default", "linear", "llama3"):
             fail(f"{folder} has rotary positions of type {kind}: default, linear and llama3 are known here")
-        config = dict(
-            block_size=c["max_position_embeddings"], vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"],
-            n_head=c["num_attention_heads"], n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
-            n_embd=c["hidden_size"], n_hidden=c["intermediate_size"], tied=c.get("tie_word_embeddings", False),
-            norm_eps=c["rms_norm_eps"], rope_theta=rope.get("rope_theta", 10000.0), rope=kind,
-            rope_factor=rope.get("factor", 1.0), rope_low=rope.get("low_freq_factor", 1.0),
-            rope_high=rope.get("high_freq_factor", 4.0),
-            rope_context=rope.get("original_max_position_embeddings") or c["max_position_embeddings"],
-        )  # fmt: skip
+        c = {"num_key_value_heads": c["num_attention_heads"], "head_dim": 0, "rope_theta": 10000.0, "factor": 1.0,
+             "low_freq_factor": 1.0, "high_freq_factor": 4.0, "tie_word_embeddings": False,
+             "original_max_position_embeddings": c["max_position_embeddings"],
+             **{name: x for name, x in rope.items() if x is not None}}  # fmt: skip
+        config = {name: c[theirs] for name, theirs in (WHOLE | REAL).items()}
+        for name, x in config.items():
+            known = isinstance(x, int if name in WHOLE else (int, float)) and not isinstance(x, bool)
+            if not known or not (0 < x < 2**31 or (name, x) == ("head_dim", 0)):
+                fail(f"{folder}/config.json has {(WHOLE | REAL)[name]} {x!r}, which no Llama can have: fetch it again")
         w = {name.removeprefix("model."): w for name, w in read_safetensors(folder)}
-        joined = {"self_attn.qkv_proj": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-                  "mlp.gate_up_proj": "mlp.gate_proj mlp.up_proj"}  # fmt: skip
+        size = max(1, config["head_dim"] or config["n_embd"] // config["n_head"])
+        found = {
+            "n_layer": sum(name.endswith("input_layernorm.weight") for name in w),
+            "vocab_size": len(w["embed_tokens.weight"]), "n_embd": len(w["norm.weight"]),
+            "head_dim": config["head_dim"] and len(w["layers.0.self_attn.q_proj.weight"]) / config["n_head"],
+            "n_head": len(w["layers.0.self_attn.q_proj.weight"]) / size,
+            "n_kv_head": len(w["layers.0.self_attn.k_proj.weight"]) / size,
+            "n_hidden": len(w["layers.0.mlp.gate_proj.weight"]),
+        }  # fmt: skip
+        for name, n in found.items():
+            if n != config[name]:
+                fail(f"{folder}/config.json has {WHOLE[name]} {config[name]}, its weights have {n:g}: fetch it again")
         for i in range(config["n_layer"]):
-            for whole, parts in joined.items():
-                parts = [w.pop(f"layers.{i}.{part}.weight") for part in parts.split()]
-                w[f"layers.{i}.{whole}.weight"] = np.concatenate(parts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            for whole, parts in PARTS.items():
+                at = f"layers.{i}.{'self_attn' if whole == 'qkv_proj' else 'mlp'}"
+                w[f"{at}.{whole}.weight"] = np.concatenate([w.pop(f"{at}.{part}.weight") for part in parts])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{folder} is no whole model in the layout of Hugging Face ({error!r}): fetch it again")
-    return config, w
+    return config | {"tied": bool(c["tie_word_embeddings"]), "rope": kind}, w
+
+
+def write_safetensors(file, weights, dtype):
+    """What read_safetensors reads, of {name: float32 array}; dtype: float32, or bfloat16, to the nearest."""
+    header, size, end = {"__metadata__": {"format": "pt"}}, {"float32": 4, "bfloat16": 2}[dtype], 0
+    for name, w in weights.items():
+        place = [end, end := end + w.size * size]
+        header[name] = {"dtype": {4: "F32", 2: "BF16"}[size], "shape": w.shape, "data_offsets": place}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with open(file, "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        for w in weights.values():
+            w = np.ascontiguousarray(w)
+            if size == 2:  # the upper half of a float32; what is cut off is rounded, a tie to the even number
+                bits = w.view(np.uint32)
+                w = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+            f.write(w)
+
+
+def export_llama(folder, config, weights, dtype="float32", tokenizer=None, ends=()):
+    """The way back: what transformers opens with AutoModelForCausalLM.from_pretrained(folder).
+
+    tokenizer: the folder whose tokenizer is copied; ends: the tokens that end a text. All is written beside, in
+    folder.part, and takes its place when it is whole.
+    """
+    size = config.n_head * config.head_size, config.n_kv_head * config.head_size
+    cuts = {"qkv_proj": [size[0], sum(size)], "gate_up_proj": [config.n_hidden]}
+    shards, most = [{}], SHARD // {"float32": 4, "bfloat16": 2}[dtype]
+    for name, w in weights.items():
+        whole = name.split(".")[-2]
+        for part, piece in zip(PARTS.get(whole, [whole]), np.split(w, cuts.get(whole, []))):
+            if shards[-1] and sum(w.size for w in shards[-1].values()) + piece.size > most:
+                shards.append({})
+            shards[-1]["model." * (whole != "lm_head") + name.replace(whole, part)] = piece
+    c = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": dtype,
+         "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": config.tied, "bos_token_id": None,
+         "eos_token_id": sorted(ends) or None, "pad_token_id": None}  # fmt: skip
+    c |= {theirs: getattr(config, name) for name, theirs in (WHOLE | REAL).items() if not theirs.endswith("factor")}
+    scaling = {theirs: getattr(config, name) for name, theirs in REAL.items() if theirs.endswith("factor")}
+    scaling |= {"rope_type": config.rope, "original_max_position_embeddings": c.pop("original_max_position_embeddings")}
+    c |= {"head_dim": config.head_size, "rope_scaling": None if config.rope == "default" else scaling}
+    part = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        for file, shard in zip(files if shards[1:] else ["model.safetensors"], shards):
+            write_safetensors(part / file, shard, dtype)
+        if shards[1:]:
+            index = {"metadata": {"total_size": sum(w.size for w in weights.values()) * SHARD // most}}
+            index["weight_map"] = {name: file for file, shard in zip(files, shards) for name in shard}
+            (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (part / "config.json").write_text(json.dumps(c, indent=1))
+        for name in TOKENIZER if tokenizer else ():
+            if (Path(tokenizer) / name).exists():
+                shutil.copyfile(Path(tokenizer) / name, part / name)
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        os.replace(part, folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        fail(f"--export-hf {folder} could not be written ({error.strerror or error}): make room, or name another")
 
 
 # ---- texts, dialogues and their tokens -------------------------------------------------------------------------------
@@ -298,7 +381,7 @@ class Characters:
         self.codes = np.array([ord(c) for c in alphabet])
 
     def encode(self, text):
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         if unknown := set(codes[self.codes[ids] != codes].tolist()):
             fail(f"the model's alphabet lacks {', '.join(repr(chr(c)) for c in sorted(unknown)[:5])}: leave it out")
@@ -311,11 +394,12 @@ class Characters:
 def load_messages(path):
     """The dialogues of a file in which each line is JSON: {"messages": [{"role": "user", "content": "..."}, ...]}."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        dialogues = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines if line]
-        if not all(isinstance(text, str) for dialogue in dialogues for message in dialogue for text in message):
+        lines = filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n"))
+        dialogues = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines]
+        texts = [text for dialogue in dialogues for message in dialogue for text in message]
+        if not all(isinstance(text, str) and text == text.encode(errors="ignore").decode() for text in texts):
             raise ValueError("a role or a content is no text")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f'{path} must have lines like {{"messages": [{{"role": "user", "content": "..."}}]}} ({error!r})')
     if not dialogues:
         fail(f"{path} has no dialogue in it")
@@ -327,6 +411,8 @@ def read_tokenizer(folder):
     if (file := Path(folder) / "tokenizer.model").exists() and not (Path(folder) / "tokenizer.json").exists():
         try:
             ranked = [base64.b64decode(line.split()[0], validate=True) for line in file.read_bytes().splitlines()]
+            if len(set(ranked)) < len(ranked) or {bytes([b]) for b in range(256)} - {*ranked}:
+                raise ValueError("each byte must be a token, and no token be there twice")
         except (ValueError, IndexError):
             fail(f"{file} is not Llama 3's, perhaps SentencePiece's as Llama 2 has: only byte-level BPE is read here")
         names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
@@ -350,8 +436,10 @@ def read_tokenizer(folder):
         learned = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
         ranked, special = list(dict.fromkeys([*byte, *learned])), {x["content"]: x["id"] for x in t["added_tokens"]}
         ids = [vocab.get(token, -1) for token in ranked] + list(special.values())  # a byte may be missing
+        if not all(isinstance(i, int) and -1 <= i < 2 * len(ids) + 1000 for i in ids):
+            raise ValueError("the number of a token is no whole number, or far too large")
         return [bytes(byte[c] for c in token) for token in ranked], list(special), np.array(ids), pattern
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{file} can't be read ({error!r}): a model's folder must have it, or Llama 3's tokenizer.model")
 
 
@@ -366,7 +454,11 @@ class Tokens:
         ranked, special, self.ids, pattern = read_tokenizer(folder)
         self.special = {token: len(ranked) + i for i, token in enumerate(special)}
         ranks = {token: i for i, token in enumerate(ranked)}
-        self.bpe = tiktoken.Encoding(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
+        try:
+            names = dict(mergeable_ranks=ranks, special_tokens=self.special)
+            self.bpe = tiktoken.Encoding(str(folder), pat_str=pattern, **names)
+        except (ValueError, TypeError) as error:
+            fail(f"{folder} has a tokenizer that tiktoken does not take ({error}): fetch it again")
         self.bytes = dict(zip(self.ids.tolist(), [*ranked, *(token.encode() for token in special)]))
         self.vocab_size = int(self.ids.max()) + 1
         ends = {"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>"} & self.special.keys()
@@ -442,6 +534,20 @@ class Text(Task):
             fail("--lora adapts a model that is there: name its folder with --init")
         if args.chat and not self.folder:
             fail("--chat needs a model that has learned to: name its folder with --init")
+        if args.world > 1 and (args.chat or args.prompt == "-" or args.bits < 32 and args.backend == "torch"):
+            fail("--chat, --prompt - and, with torch, --bits 8 and 4 are for one process: leave them to a later run")
+        if args.export_hf and args.window:
+            fail("--export-hf writes a layout that knows no --window: leave one of them out")
+        if args.export_hf and args.export_hf.exists() and (args.export_hf.is_file() or os.listdir(args.export_hf)):
+            fail(f"--export-hf {args.export_hf} is there already: name a new folder")
+        if args.chat or args.prompt == "-":
+            if sys.stdin is None:
+                fail("the standard input is closed, from which --chat and --prompt - read: leave them out")
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        for flag, text in ("--prompt", args.prompt), ("--system", args.system):
+            if any("\ud800" <= c <= "\udfff" for c in text or ""):
+                fail(f"{flag} has characters that are no text: type it in UTF-8")
 
     def start_from(self, saved):
         """The shape of the model: that of --init, whose weights are read, or that of --size, or `saved`."""
@@ -498,12 +604,14 @@ class Text(Task):
         return prompt
 
     def trainer(self, net, config):
-        args, weights, self.weights = self.args, self.weights, None  # which may be large
+        args, weights, self.weights, self.net = self.args, self.weights, None, net  # the weights may be large
         elsewhere = args.backend == "torch" and args.device != "cpu"
-        if args.bits < 32 and (elsewhere or config.n_embd % 32 or config.n_hidden % 32):
+        widths = config.n_embd, config.n_hidden, config.n_head * config.head_size
+        if args.bits < 32 and (elsewhere or any(n % 32 for n in widths)):
             fail("--bits 8 and 4 need --device cpu with torch, and widths that are multiples of 32")
         try:
-            trainer = net.Trainer(config, args.seed, args.device, weights, args.accumulate)
+            how = args.accumulate, args.dtype, args.compile
+            trainer = net.Trainer(config, args.seed, args.device, weights, *how)
         except (KeyError, ValueError) as error:
             fail(f"the weights in {args.init} do not fit the model ({error}): fetch them again")
         learning = sum(math.prod(w.shape) for w in net.trained(trainer.model).values())
@@ -544,6 +652,12 @@ class Text(Task):
             trainer.merge()
             new = {name: x for name, x in args.memory.items() if name not in ("lora_rank", "steps", "lr")}
             trainer.save(args.out / files[0], 0, **self.extra, args=new)
+        if args.export_hf:
+            trainer.merge()
+            weights, ends = self.net.get_weights(trainer.model), getattr(self.tokenizer, "ends", ())
+            if not args.rank:
+                export_llama(args.export_hf, trainer.config, weights, args.export_dtype, self.folder, ends)
+            files.append(args.export_hf.resolve())
         for bits in dict.fromkeys([32, args.bits]):
             megabytes = trainer.quantize(bits)
             if len(self.val):

@@ -22,6 +22,8 @@ import math
 import os
 from dataclasses import asdict, dataclass
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -36,6 +38,7 @@ class Config:
     n_layer: int = 30
     n_head: int = 9
     n_kv_head: int = 3
+    head_dim: int = 0  # the size of a head; 0: n_embd // n_head
     n_embd: int = 576
     n_hidden: int = 1536  # width inside the MLP
     tied: bool = True  # the head is the embedding
@@ -54,9 +57,11 @@ class Config:
     weight_decay: float = 0.1
 
     def __post_init__(self):
-        self.head_size = self.n_embd // self.n_head
+        self.head_size = self.head_dim or self.n_embd // self.n_head
         self.reach = self.window + self.sinks if self.window else self.block_size  # what a cache has to hold
-        if self.n_embd % (2 * self.n_head):
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even")
+        if not self.head_dim and self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of twice n_head, which is {self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head, which is {self.n_head}")
@@ -161,7 +166,7 @@ class Attention(nn.Module):
         self.config = config
         n_out = (config.n_head + 2 * config.n_kv_head) * config.head_size
         self.qkv_proj = Linear(config.n_embd, n_out, config.rank("qkv_proj"))  # q, k, v of all heads at once
-        self.o_proj = Linear(config.n_embd, config.n_embd, config.rank("o_proj"))
+        self.o_proj = Linear(config.n_head * config.head_size, config.n_embd, config.rank("o_proj"))
 
     def __call__(self, x, turn, layer, cache):
         B, T, _ = x.shape
@@ -227,8 +232,8 @@ class Llama(nn.Module):
     def __call__(self, idx, cache=None):
         """idx (B, T) -> logits (B, T, V). With a cache, idx goes on from it and only the last come: (B, 1, V)."""
         start = cache.length if cache is not None else 0
-        turn = rope(mx.arange(start, start + idx.shape[1]), self._frequencies)
         x = self.embed_tokens.rows(idx)  # (B, T, C)
+        turn = rope(mx.arange(start, start + idx.shape[1]), self._frequencies).astype(x.dtype)
         for layer, block in enumerate(self.layers):
             x = block(x, turn, layer, cache)
         if cache is not None:
@@ -401,17 +406,27 @@ def join():
 class Trainer:
     """A Llama and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them.
 
-    weights: to start from, {name: numpy array}; accumulate: the parts that a batch is computed in, one after the other.
+    weights: to start from, {name: numpy array}; accumulate: the parts that a batch is computed in, one after the other;
+    dtype: what the forward and backward pass are computed in, "float32" or "bfloat16"; the weights stay float32.
     Several processes, started by mlx.launch, share a batch; each holds all of the weights.
     """
 
-    def __init__(self, config, seed=0, device=None, weights=None, accumulate=1):
+    def __init__(self, config, seed=0, device=None, weights=None, accumulate=1, dtype="float32", compile=False):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
-        self.accumulate, (self.rank, self.size) = accumulate, join()
+        self.accumulate, self.dtype, (self.rank, self.size) = accumulate, getattr(mx, dtype), join()
         mx.set_default_device(getattr(mx, self.device))
         self.model = Llama(config)
         init_weights(self.model, seed, weights or {})
         self.m, self.v = {}, {}  # moments, made at the first step
+
+        def loss(params, others, x, y, n):
+            params = {name: p.astype(self.dtype) for name, p in (others | params).items()}
+            self.model.update(tree_unflatten(list(params.items())))
+            return loss_fn(self.model(x).astype(mx.float32), y) / n
+
+        self.loss_and_grads = mx.value_and_grad(loss)
+        if compile:
+            self.loss_and_grads = mx.compile(self.loss_and_grads)
 
     def arrays(self, x, *y):
         """Numpy to the framework. Tokens are checked first: MLX would read past the end of an array without a word."""
@@ -425,17 +440,17 @@ class Trainer:
         Returns {"loss"}, nats a token before the update.
         """
         self.t += 1
-        n, loss, grads, parts = int((y >= 0).sum()), 0.0, None, self.accumulate
+        n, loss, grads, parts = mx.array(float((y >= 0).sum())), 0.0, None, self.accumulate
+        params = trained(self.model)
+        others = {name: p for name, p in tree_flatten(self.model.parameters()) if name not in params}  # LoRA's base
         x, y = x[self.rank :: self.size], y[self.rank :: self.size]
-        loss_and_grads = nn.value_and_grad(self.model, lambda x, y: loss_fn(self.model(x), y) / n)
         for part in zip(np.array_split(x, parts), np.array_split(y, parts)):
-            share, new = loss_and_grads(*self.arrays(*part))
+            share, new = self.loss_and_grads(params, others, *self.arrays(*part), n)
             loss, grads = loss + share, tree_map(mx.add, grads, new) if grads else new
             mx.eval(loss, grads)
         if self.size > 1:
             loss, grads = tree_map(mx.distributed.all_sum, (loss, grads))
         grads, _ = optim.clip_grad_norm(grads, 1.0)
-        grads, params = dict(tree_flatten(grads)), trained(self.model)
         if not self.m:
             self.m, self.v = ({name: mx.zeros_like(p) for name, p in params.items()} for _ in range(2))
         for name, p in params.items():
@@ -445,7 +460,7 @@ class Trainer:
             else:
                 moments = self.m[name], self.v[name]
                 params[name], self.m[name], self.v[name] = adamw(p, grads[name], *moments, lr, self.t, decay)
-        self.model.update(tree_unflatten(list(params.items())))
+        self.model.update(tree_unflatten(list((others | params).items())))
         mx.eval(loss, params, self.m, self.v)  # MLX is lazy: here the step is computed
         return {"loss": loss}
 
@@ -488,9 +503,13 @@ class Trainer:
         """Take up what save wrote, in whichever framework; returns the step to go on from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
-        set_weights(self.model, {name: arrays[name] for name in trained(self.model)})
-        self.t = meta["step"]
+        self.t, params = meta["step"], trained(self.model)
+        for key in ("", "m.", "v.") if self.t else ("",):
+            for name, p in params.items():
+                if (there := arrays[key + name].shape if key + name in arrays else "none") != tuple(p.shape):
+                    raise ValueError(f"{key}{name} has shape {there}, this model wants {tuple(p.shape)}")
+        set_weights(self.model, {name: arrays[name] for name in params})
         for moments, key in (self.m, "m"), (self.v, "v"):
-            for name, p in trained(self.model).items() if self.t else ():
+            for name, p in params.items() if self.t else ():
                 moments[name] = scatter(arrays[f"{key}.{name}"], p)
         return self.t

@@ -32,6 +32,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+
 
 @dataclass
 class Config:
@@ -40,6 +42,7 @@ class Config:
     n_layer: int = 30
     n_head: int = 9
     n_kv_head: int = 3
+    head_dim: int = 0  # the size of a head; 0: n_embd // n_head
     n_embd: int = 576
     n_hidden: int = 1536  # width inside the MLP
     tied: bool = True  # the head is the embedding
@@ -58,9 +61,11 @@ class Config:
     weight_decay: float = 0.1
 
     def __post_init__(self):
-        self.head_size = self.n_embd // self.n_head
+        self.head_size = self.head_dim or self.n_embd // self.n_head
         self.reach = self.window + self.sinks if self.window else self.block_size  # what a cache has to hold
-        if self.n_embd % (2 * self.n_head):
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even")
+        if not self.head_dim and self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of twice n_head, which is {self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head, which is {self.n_head}")
@@ -189,7 +194,7 @@ class Attention(nn.Module):
         self.config = config
         n_out = (config.n_head + 2 * config.n_kv_head) * config.head_size
         self.qkv_proj = Linear(config.n_embd, n_out, config.rank("qkv_proj"))  # q, k, v of all heads at once
-        self.o_proj = Linear(config.n_embd, config.n_embd, config.rank("o_proj"))
+        self.o_proj = Linear(config.n_head * config.head_size, config.n_embd, config.rank("o_proj"))
 
     def forward(self, x, turn, layer, cache):
         B, T, _ = x.shape
@@ -255,8 +260,8 @@ class Llama(nn.Module):
     def forward(self, idx, cache=None):
         """idx (B, T) -> logits (B, T, V). With a cache, idx goes on from it and only the last come: (B, 1, V)."""
         start = cache.length if cache is not None else 0
-        turn = rope(torch.arange(start, start + idx.shape[1], device=idx.device), self._frequencies)
         x = self.embed_tokens.rows(idx)  # (B, T, C)
+        turn = rope(torch.arange(start, start + idx.shape[1], device=idx.device), self._frequencies).to(x.dtype)
         for layer, block in enumerate(self.layers):
             x = block(x, turn, layer, cache)
         if cache is not None:
@@ -433,14 +438,15 @@ def join():
 class Trainer:
     """A Llama and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them.
 
-    weights: to start from, {name: numpy array}; accumulate: the parts that a batch is computed in, one after the other.
+    weights: to start from, {name: numpy array}; accumulate: the parts that a batch is computed in, one after the other;
+    dtype: what the forward and backward pass are computed in, "float32" or "bfloat16"; the weights stay float32.
     Several processes, started by torchrun, share a batch; of the weights each holds a part, and has a layer's others
-    while that layer is at work (FSDP).
+    while that layer is at work (FSDP): that saves memory; a small model on the cores of one CPU gains no time by it.
     """
 
-    def __init__(self, config, seed=0, device=None, weights=None, accumulate=1):
+    def __init__(self, config, seed=0, device=None, weights=None, accumulate=1, dtype="float32", compile=False):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
-        self.accumulate, (self.rank, self.size) = accumulate, join()
+        self.accumulate, self.dtype, (self.rank, self.size) = accumulate, getattr(torch, dtype), join()
         if self.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         self.model = Llama(config).to(self.device)
@@ -449,6 +455,7 @@ class Trainer:
             mesh = init_device_mesh(self.device, (self.size,))
             for part in [*self.model.layers, self.model]:
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        self.net = torch.compile(self.model) if compile else self.model  # the same weights
         self.m, self.v = {}, {}  # moments, made at the first step
 
     def arrays(self, x, *y):
@@ -468,7 +475,8 @@ class Trainer:
         x, y = x[self.rank :: self.size], y[self.rank :: self.size]
         for part in zip(np.array_split(x, parts), np.array_split(y, parts)):
             x, y = self.arrays(*part)
-            share = loss_fn(self.model(x), y) / n
+            with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+                share = loss_fn(self.net(x).float(), y) / n
             (share * self.size).backward()  # adds to the gradients; of the processes' the mean will be taken
             loss = loss + share.detach()
         if self.size > 1:
@@ -525,9 +533,13 @@ class Trainer:
         """Take up what save wrote, in whichever framework; returns the step to go on from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
-        set_weights(self.model, {name: arrays[name] for name in trained(self.model)})
-        self.t = meta["step"]
+        self.t, params = meta["step"], trained(self.model)
+        for key in ("", "m.", "v.") if self.t else ("",):
+            for name, p in params.items():
+                if (there := arrays[key + name].shape if key + name in arrays else "none") != tuple(p.shape):
+                    raise ValueError(f"{key}{name} has shape {there}, this model wants {tuple(p.shape)}")
+        set_weights(self.model, {name: arrays[name] for name in params})
         for moments, key in (self.m, "m"), (self.v, "v"):
-            for name, p in trained(self.model).items() if self.t else ():
+            for name, p in params.items() if self.t else ():
                 moments[name] = scatter(arrays[f"{key}.{name}"], p)
         return self.t

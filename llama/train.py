@@ -7,7 +7,7 @@
     python train.py                                                       from scratch, on the manual of Python
     python train.py --init DIR --chat                                     a model from Hugging Face, talking
     python train.py --init DIR --prompt "Once upon a time" --bits 8       writing, in 8 bits, beside float32
-    python train.py --init DIR --data own.jsonl --lora 8 --steps 100      fine-tuned
+    python train.py --init DIR --data own.jsonl --lora 8 --steps 100      fine-tuned; --export-hf NEW writes it out
 
 Tasks: text (go on with it), chat (answer; only the assistant's tokens count).
 --data: tinyshakespeare or a text; dialogues, {"messages": [{"role": "user", "content": "..."}, ...]} in each line.
@@ -86,6 +86,7 @@ def read_args():
         add("--steps", type=within("[0, inf)", int), help="0: only evaluate and write"),
         add("--batch-size", type=within("[1, 65536]", int), default=8, help="rows of a step"),
         add("--accumulate", type=within("[1, 65536]", int), default=1, help="compute a batch in so many parts"),
+        add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of what is computed"),
         add("--lr", type=within("(0, inf)"), help="the highest rate; it falls to 0 linearly"),
         add("--warmup", type=within("[1, inf)", int), default=30, help="steps in which the rate rises"),
         add("--seed", type=within("[0, 4294967295]", int), default=0, help="of weights, batches, samples"),
@@ -95,12 +96,15 @@ def read_args():
     add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (without: the best there is)")
     add("--out", type=Path, help="the folder for what the run writes")
     add("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
+    add("--compile", action="store_true", help="let the framework compile the model first")
     add("--merge", action="store_true", help="add the adapters to the weights, in OUT/merged/ckpt.npz")
+    add("--export-hf", type=Path, metavar="DIR", help="at the end, write the weights there for Hugging Face")
+    add("--export-dtype", choices=["float32", "bfloat16"], default="float32", help="of these weights")
     add("--bits", type=int, choices=[32, 8, 4], default=32, help="write with weights of so many bits")
     add("--lengths", type=within("[1, inf)", int), nargs="+", help="measure texts of so many tokens, too")
     add("--chat", action="store_true", help="answer what is typed, until Ctrl-D")
     add("--system", help="what a chat begins with: who answers, and how")
-    add("--prompt", help="what to go on with")
+    add("--prompt", help="what to go on with; - reads it from the standard input")
     add("--tokens", type=within("[0, inf)", int), default=500, help="how many to write")
     add("--temperature", type=within("[0, inf)"), help="0: always the likeliest token")
     add("--top-k", type=within("[1, inf)", int), help="only from the K likeliest")
@@ -183,17 +187,17 @@ def main():
     """Arguments, task, model, checkpoint; train; report, and the result as the last line."""
     began, (args, saved) = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
+    fields, there = net.Config.__dataclass_fields__, saved["config"] if saved else {}
+    for name, value in there.items():
+        if name in fields and isinstance(value, str) != isinstance(fields[name].default, str):
+            fail(f"{ckpt} is damaged, its {name} is {value!r}: train anew without --resume, or name another --out")
     note, task = claim(args), TASKS[args.task](args, saved)
-    config = {name: value for name, value in args.memory.items() if name in net.Config.__dataclass_fields__}
-    config = {name: value for name, value in config.items() if value is not None} | task.config
-    if saved:
-        known = {**saved, **saved["config"]}
-        for name, value in (task.config | (task.extra if args.steps else {})).items():
-            if known.get(name, value) != value:
-                fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
-        config |= saved["config"]
+    for name, value in (task.config | (task.extra if args.steps else {})).items():
+        if saved and {**saved, **there}.get(name, value) != value:
+            fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
+    config = {name: x for name, x in args.memory.items() if name in fields and x is not None} | task.config
     try:
-        trainer = task.trainer(net, net.Config(**config))
+        trainer = task.trainer(net, net.Config(**config | there))
         start = trainer.load(ckpt) if saved else 0
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
@@ -224,5 +228,5 @@ if __name__ == "__main__":
     except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
         os._exit(141)
     except (OSError, MemoryError) as error:  # a full disk, a folder that may not be written to, too little memory
-        print(f"train.py: {error or 'there is too little memory'}: make room, or change --out", file=sys.stderr)
+        print(f"train.py: {str(error)[:500] or 'too little memory'}: make room, or change --out", file=sys.stderr)
         os._exit(2)

@@ -130,14 +130,14 @@ def record(out, row, first):
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
+    image = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
+    draw.text((1260, 14), f"step {row['step']}", (60, 60, 60), font, anchor="ra")
     for i, name in enumerate(names):
-        y = np.array([row[name] for row in rows])
+        x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
         draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
-        draw.line(list(zip(20 + 1240 * x / x[-1], 280 * i + 260 - 190 * height)), (31, 119, 180), 5, joint="curve")
+        draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
@@ -273,20 +273,40 @@ def make_sine(n, seed):
 
 
 def read_csv(path):
-    """A header, then rows of features and a target: x (N, n_in), y (N,); then of every fifth row, which is held out.
-
-    Each feature is scaled to mean 0 and deviation 1 in the rows to train on.
-    """
+    """The numbers of a CSV, (N, columns); a first line that is not all numbers is a header."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()[1:]
-        table = np.array([[float(cell) for cell in line.split(",")] for line in lines], ndmin=2)
+        with open(path, encoding="utf-8-sig") as f:
+            try:
+                list(map(float, f.readline().split(",")))
+                header = 0
+            except ValueError:
+                header = 1
+            f.seek(0)
+            table = np.loadtxt(f, delimiter=",", comments=None, skiprows=header, ndmin=2)
     except (OSError, ValueError) as error:
-        fail(f"{path} is no CSV of numbers ({error}): a header, then features and target, with no gap")
-    if table.shape[0] < 10 or table.shape[1] < 2 or not np.isfinite(table).all():
-        fail(f"{path} must have a header, then 10 rows or more of 2 columns or more, all of them numbers with no gap")
+        fail(f"{path} is no CSV of numbers ({error}): rows of numbers between commas, with no gap")
+    if not (table.size and table.shape[1] <= 10000 and (np.abs(table) < 1e30).all()):
+        fail(f"{path} must have rows of at most 10,000 columns, all of them numbers below 1e30 with no gap")
+    return table
+
+
+def split(table, path):
+    """Rows of features and a target: x (N, n_in), y (N,); then those of every fifth row, which is held out."""
+    if table.shape[0] < 10 or table.shape[1] < 2:
+        fail(f"{path} must have 10 rows or more of 2 columns or more: features, and the target as the last")
     x, y, held = table[:, :-1], table[:, -1], np.arange(len(table)) % 5 == 4
-    x = (x - x[~held].mean(0)) / (x[~held].std(0) + 1e-8)
     return x[~held], y[~held], x[held], y[held]
+
+
+def spread(a):
+    """The mean and the deviation of each column, as lists; a column that is constant has deviation 1."""
+    mean, deviation = a.mean(0), a.std(0)
+    return [mean.tolist(), np.where(deviation > 1e-9 * np.abs(mean), deviation, 1.0).tolist()]
+
+
+def scaled(a, mean, deviation):
+    """The columns of a less their mean, in units of their deviation; float32."""
+    return np.float32(((a - np.array(mean, a.dtype)) / np.array(deviation, a.dtype)).clip(-1e6, 1e6))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -362,10 +382,18 @@ class Examples(Task):
             args.batch_size = min(self.batch_size, len(x))
         if args.batch_size > len(x):
             fail(f"--batch-size {args.batch_size} is more than the {len(x)} examples: make it smaller")
-        self.x, self.y, self.x_val, self.y_val = np.float32(x), self.answers(y), np.float32(x_val), self.answers(y_val)
+        plain = [[0.0], [1.0]]  # what is drawn here is of the right size
+        self.x_scale = (saved or {}).get("x_scale") or (spread(x) if args.data and args.data not in IDX else plain)
+        if len(self.x_scale[0]) not in (1, x.shape[1]):
+            fail(f"--data {args.data} has {x.shape[1]} features, its checkpoint {len(self.x_scale[0])}")
+        self.x, self.x_val = scaled(x, *self.x_scale), scaled(x_val, *self.x_scale)
+        self.y, self.y_val = self.answers(y), self.answers(y_val)
         n_out = 1 if self.y.ndim > 1 else int(max(self.y.max(), self.y_val.max())) + 1
         self.config = dict(n_in=x.shape[1], n_out=n_out, loss=self.loss)
-        self.extra = dict(digest=digest(self.x, self.y))
+        self.extra = dict(digest=digest(self.x, self.y), x_scale=self.x_scale)
+        self.rows = read_csv(args.predict) if args.predict else None
+        if args.predict and self.rows.shape[1] != x.shape[1]:
+            fail(f"--predict {args.predict} has {self.rows.shape[1]} columns: it takes the {x.shape[1]} features alone")
         self.about = f"{args.data or args.task}: {len(x):,} to train on, {len(x_val):,} held out"
 
     def load(self):
@@ -373,7 +401,7 @@ class Examples(Task):
         if self.args.data in IDX:
             fail(f"--data {self.args.data} is for --task digits, not {self.args.task}")
         if self.args.data:
-            return read_csv(self.args.data)
+            return split(read_csv(self.args.data), self.args.data)
         return *self.make(5000, self.args.seed), *self.make(2000, self.args.seed + 1)
 
     def batch(self, step):
@@ -384,16 +412,23 @@ class Examples(Task):
         return trainer.evaluate(self.x_val, self.y_val)
 
     def report(self, trainer):
-        if self.x.shape[1] != self.columns:  # a table of more columns has no picture
-            return {}, []
-        self.draw(trainer, self.x_val, self.y_val).save(self.args.out / "sample.png")
-        return {}, ["sample.png"]
+        files = []
+        if self.rows is not None:
+            parts = np.array_split(scaled(self.rows, *self.x_scale), len(self.rows) // 10000 + 1)
+            answers, file = self.named(np.concatenate(list(map(trainer.predict, parts)))), "predictions.csv"
+            columns, header = np.stack([*answers.values()], 1), ",".join(answers)
+            np.savetxt(self.args.out / file, columns, "%.9g", ",", header=header, comments="")
+            files.append(file)
+        if self.x.shape[1] == self.columns:  # a table of more columns has no picture
+            self.draw(trainer, self.x_val, self.y_val).save(self.args.out / "sample.png")
+            files.append("sample.png")
+        return {}, files
 
 
 class Spiral(Examples):
     """Which class it is, of any number: one of three arms, or the class in the last column of a CSV."""
 
-    loss, columns, top = "cross_entropy", 2, 65535  # top: the highest class number
+    loss, columns, top = "cross_entropy", 2, 1000  # top: the highest class number
     make, draw = staticmethod(make_spiral), staticmethod(draw_regions)
 
     def answers(self, y):
@@ -401,6 +436,10 @@ class Spiral(Examples):
         if (y % 1).any() or y.min() < 0 or y.max() > self.top:
             fail(f"{self.args.data}: the last column must hold class numbers, whole ones from 0 to {self.top}")
         return y.astype(np.int64)
+
+    def named(self, p):
+        """The likeliest class and the probability of each, {column: (N,)}, of what the network predicts."""
+        return {"class": p.argmax(1), **{f"p{k}": p[:, k] for k in range(p.shape[1])}}
 
 
 class Binary(Spiral):
@@ -412,22 +451,41 @@ class Binary(Spiral):
         """0 or 1, (N, 1) float32."""
         return np.float32(super().answers(y))[:, None]
 
+    def named(self, p):
+        """The likelier answer, and the probability of 1."""
+        return {"class": p[:, 0] > 0.5, "p1": p[:, 0]}
+
 
 class Regression(Examples):
-    """A number: a noisy sine, or the last column of a CSV."""
+    """A number: a noisy sine, or the last column of a CSV. It is learned scaled; the figures are in its own units."""
 
     loss, columns = "mse", 1
     make, draw = staticmethod(make_sine), staticmethod(draw_fit)
 
+    def __init__(self, args, saved):
+        self.y_scale = saved.get("y_scale", [[0.0], [1.0]]) if saved else None  # old checkpoints learned it as it is
+        super().__init__(args, saved)
+        self.extra["y_scale"] = self.y_scale
+
     def answers(self, y):
-        """Numbers (N, 1) float32."""
-        return np.float32(y)[:, None]
+        """Numbers (N, 1) float32, scaled by those to train on, which come first."""
+        self.y_scale = self.y_scale or spread(y[:, None])
+        return scaled(y[:, None], *self.y_scale)
+
+    def evaluate(self, trainer, whole=False):
+        error = float(super().evaluate(trainer)["val_loss"])
+        figures = {"val_loss": error * self.y_scale[1][0] ** 2}
+        return figures | {"r2": 1 - error / max(self.y_val.var(), 1e-12)} if whole else figures
+
+    def named(self, p):
+        """The numbers, in their own units."""
+        return {"prediction": p[:, 0].astype(np.float64) * self.y_scale[1][0] + self.y_scale[0][0]}
 
 
 class Digits(Spiral):
     """Which of ten digits, or of ten pieces of clothing, an image shows."""
 
-    columns, batch_size, draw = 784, 128, staticmethod(draw_answers)
+    columns, top, batch_size, draw = 784, 9, 128, staticmethod(draw_answers)
 
     def load(self):
         data, seed = self.args.data, self.args.seed
@@ -435,6 +493,8 @@ class Digits(Spiral):
             fail(f"--data of digits is mnist or fashion, not {data}: a CSV is for --task spiral, binary or regression")
         arrays = load_idx(data) if data else (*make_digits(20000, seed), *make_digits(2000, seed + 1))
         x, y, x_val, y_val = arrays
+        if not (x.ndim == x_val.ndim == 3 and 0 < len(x) == len(y) and 0 < len(x_val) == len(y_val)):
+            fail(f"the files of --data {data} do not fit together: delete them, and they will be downloaded again")
         return floats(x).reshape(-1, 784), y, floats(x_val).reshape(-1, 784), y_val
 
 

@@ -22,6 +22,8 @@ import json
 import os
 from dataclasses import asdict, dataclass
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -256,6 +258,10 @@ class Trainer:
         """Take up what save wrote, in whichever framework; returns the step to go on from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
+        for name, w in get_weights(self.model).items():
+            for key in (name, *(f"{letter}.{name}" for letter, _ in zip("mv", self.moments))):
+                if key not in arrays or arrays[key].shape != w.shape:
+                    raise ValueError(f"{key} is missing or has another shape than {w.shape}")
         set_weights(self.model, arrays)
         self.t = meta["step"]
         state = dict(tree_flatten(self.optimizer.state)) | {"step": mx.array(self.t, mx.uint64)}

@@ -27,6 +27,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+
 
 @dataclass
 class Config:
@@ -256,6 +258,10 @@ class Trainer:
         """Take up what save wrote, in whichever framework; returns the step to go on from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
+        for name, w in get_weights(self.model).items():
+            for key in (name, *(f"{letter}.{name}" for letter, _ in zip("mv", self.moments))):
+                if key not in arrays or arrays[key].shape != w.shape:
+                    raise ValueError(f"{key} is missing or has another shape than {w.shape}")
         set_weights(self.model, arrays)
         self.t = meta["step"]
         for name, p in self.model.named_parameters():

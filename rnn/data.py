@@ -136,14 +136,14 @@ def record(out, row, first):
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
+    image = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
+    draw.text((1260, 14), f"step {row['step']}", (60, 60, 60), font, anchor="ra")
     for i, name in enumerate(names):
-        y = np.array([row[name] for row in rows])
+        x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
         draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
-        draw.line(list(zip(20 + 1240 * x / x[-1], 280 * i + 260 - 190 * height)), (31, 119, 180), 5, joint="curve")
+        draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
@@ -226,7 +226,7 @@ class Characters:
         self.codes = np.array([ord(c) for c in alphabet])
 
     def encode(self, text):
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         if unknown := set(codes[self.codes[ids] != codes].tolist()):
             fail(f"the model's alphabet lacks {', '.join(repr(chr(c)) for c in sorted(unknown)[:5])}: leave it out")
@@ -324,21 +324,38 @@ GAPS = {"", "na", "nan", "n/a", "null", "none", "?", "-"}
 
 
 def read_table(path):
-    """The numeric columns of a CSV with a header: names, (N, V). Others are named and left out, gaps filled forward."""
+    """The numeric columns of a CSV, between commas, semicolons or tabs: names, (N, V). Others are named and left out.
+
+    Whether a column has anything to learn is judged by the first four fifths, which are trained on. A gap is filled
+    with the value before it, one at the beginning with the first value of that part.
+    """
+
+    def number(cell):
+        return math.nan if cell.strip().lower() in GAPS else float(cell)
+
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            header, *rows = [row for row in csv.reader(f) if row]
+            first = f.readline()
+            f.seek(0)
+            rows = [row for row in csv.reader(f, delimiter=max(",;\t", key=first.count)) if row]
     except (OSError, ValueError, csv.Error) as error:
         fail(f"{path} is no CSV that can be read ({error}): name one in UTF-8, with a header")
-    names, columns, left_out, gaps = [], [], [], 0
+    try:
+        header = [f"v{i}" for i, cell in enumerate(rows[0]) if [number(cell)]]
+        print(f"{path} has no header: the columns are called {', '.join(header[:3])} ...")
+    except (IndexError, ValueError):  # an empty file, or words in the first line
+        header, rows = rows[:1] and rows[0], rows[1:]
+    if len(rows) < 5:
+        fail(f"{path} has {len(rows)} lines of values: 5 or more are needed")
+    names, columns, left_out, gaps, cut = [], [], [], 0, len(rows) * 4 // 5
     for i, name in enumerate(header):
-        cells = [row[i].strip() if i < len(row) else "" for row in rows]
         try:
-            column = np.array([math.nan if cell.lower() in GAPS else float(cell) for cell in cells])
+            column = np.array([number(row[i]) if i < len(row) else math.nan for row in rows])
         except ValueError:
-            column = np.full(len(cells), math.nan)
-        there = np.isfinite(column)
-        if not there.any() or np.ptp(column[there]) == 0:  # no numbers, or one number throughout
+            column = np.full(len(rows), math.nan)
+        there = np.abs(column) < 1e30  # what is larger is no measurement
+        known = column[:cut][there[:cut]]
+        if not len(known) or np.ptp(known) == 0:  # no numbers, or one number throughout
             left_out.append(name)
             continue
         gaps += (~there).sum()
@@ -368,6 +385,11 @@ class Series(Task):
         lags = range(H, max(H, min(400, self.cut // 2)) + 1)
         self.season = min(lags, key=lambda lag: np.square(past[lag:] - past[:-lag]).mean())
         self.starts = np.arange(self.cut, len(table) - H + 1)  # of what is to be forecast
+        # the linear forecast: ridge regression on the last times of the window, (back V + 1, horizon V)
+        self.back = max(1, min(W, 512 // len(names)))
+        some = np.linspace(W, self.cut - H, min(self.cut - H - W + 1, 10_000)).astype(int)
+        x, y = self.recent(some), self.table[some[:, None] + np.arange(H)].reshape(len(some), -1)
+        self.weights = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ y)
         self.config = dict(n_in=len(names), n_out=H * len(names), read="last", loss="mse")
         self.extra = dict(digest=digest(past))
         n = self.cut, len(table) - self.cut
@@ -377,6 +399,11 @@ class Series(Task):
         """What was known at the times `at`, (B, window, V), and what came, (B, horizon V)."""
         x = self.table[at[:, None] + np.arange(-self.args.window, 0)]
         return x, self.table[at[:, None] + np.arange(self.args.horizon)].reshape(len(at), -1)
+
+    def recent(self, at):
+        """What the linear forecast is made from at the times `at`, with a one beside it: (B, back V + 1)."""
+        x = self.table[at[:, None] + np.arange(-self.back, 0)].reshape(len(at), -1)
+        return np.concatenate([x, np.ones((len(x), 1))], 1)
 
     def batch(self, step):
         last = self.cut - self.args.horizon + 1
@@ -391,13 +418,15 @@ class Series(Task):
         return {"val_loss": total / len(starts)}
 
     def forecasts(self, trainer):
-        """{"network", "persistence", "seasonal"}: (N, horizon, V), and the truth, in units of the training part."""
+        """{"network", "persistence", "seasonal", "linear"}: (N, horizon, V), and the truth, in the table's units."""
         H, V, at = self.args.horizon, len(self.names), self.starts
         parts = np.array_split(at, math.ceil(len(at) / 256))
         ours = np.concatenate([trainer.predict(self.windows(part)[0]) for part in parts]).reshape(-1, H, V)
+        linear = np.concatenate([self.recent(part) @ self.weights for part in parts])
         ahead = at[:, None] + np.arange(H)
         answers = {"network": ours, "persistence": self.table[at - 1][:, None].repeat(H, 1)}
-        return answers | {"seasonal": self.table[ahead - self.season]}, self.table[ahead]
+        answers |= {"seasonal": self.table[ahead - self.season], "linear": linear.reshape(-1, H, V)}
+        return answers, self.table[ahead]
 
     def report(self, trainer):
         answers, truth = self.forecasts(trainer)
@@ -412,13 +441,14 @@ class Series(Task):
         n = min(len(truth) // H, max(1, 240 // H))  # forecasts, end to end
         for v, name in enumerate(self.names[:5]):
             lines = []
-            for kind, colour in (("truth", BLACK), ("seasonal", SKY), ("network", RED)):
+            for kind, colour in (("seasonal", SKY), ("network", RED), ("truth", BLACK)):
                 y = answers[kind][: n * H : H, :, v].ravel() * self.std[v] + self.mean[v]
                 lines.append((np.arange(n * H), y, colour, kind))
             panels.append((f"{name}, {H} steps ahead", lines, False))
         plot(panels, 150 if len(panels) > 3 else 240).save(self.args.out / "sample.png", optimize=True)
-        best = min(mean["persistence"], mean["seasonal"])
-        return {"error": mean["network"], "skill": 1 - mean["network"] / best}, ["sample.png"]
+        best = min(mean["persistence"], mean["seasonal"], mean["linear"])
+        skill = 1 - mean["network"] / best if best else math.nan  # nothing is better than a season that recurs exactly
+        return {"error": mean["network"], "linear": mean["linear"], "skill": skill}, ["sample.png"]
 
 
 # ---- speech ----------------------------------------------------------------------------------------------------------
@@ -478,12 +508,21 @@ def make_speech(seed, speakers=8, takes=6):
 
 
 def read_wav(path):
-    """A WAV file of 8 or 16 bits as (N,) in [-1, 1] at RATE: the mean of its channels, resampled linearly."""
+    """A WAV file of 8 or 16 bits as (N,) in [-1, 1] at RATE: the mean of its channels, resampled linearly.
+
+    What lies above half the new rate is cut from the spectrum first: it would come back as a lower tone.
+    """
     try:
         with wave.open(str(path)) as f:
+            if not 4000 <= f.getframerate() <= 384_000:
+                raise ValueError(f"its rate is {f.getframerate()} Hz")
             raw, (channels, width, rate) = f.readframes(f.getnframes()), f.getparams()[:3]
         x = np.frombuffer(raw, {1: np.uint8, 2: "<i2"}[width]).astype(np.float64)
         x = ((x - 128) / 128 if width == 1 else x / 32768).reshape(-1, channels).mean(1)
+        if rate > RATE:
+            spectrum = np.fft.rfft(x)
+            spectrum[len(spectrum) * RATE // rate :] = 0
+            x = np.fft.irfft(spectrum, len(x))
         return np.interp(np.arange(0, len(x) - 1, rate / RATE), np.arange(len(x)), x)
     except (OSError, EOFError, wave.Error, KeyError, ValueError) as error:
         fail(f"{path} is no WAV file of 8 or 16 bits that can be read ({error}): take it out of the folder")
@@ -565,7 +604,10 @@ class Speech(Task):
         self.about = f"{args.data or 'drawn voices'}: {n[0]:,} words to train on, {n[1]:,} of {args.held_out} held out"
 
     def vary(self, i, rng):
-        """Word i as another voice might say it elsewhere, for a few voices have to stand for many."""
+        """Word i as another voice might say it elsewhere, for a few voices have to stand for many.
+
+        For training only: it looks at the label, to go towards another voice that says the same word.
+        """
         pace, tract = rng.uniform(0.6, 1.6), rng.uniform(0.82, 1.22)  # a longer tract moves all formants down
         mel = stretch(self.mels[i], max(2, round(len(self.mels[i]) / pace)))
         at = (np.arange(self.bands) * tract).clip(0, self.bands - 1)
@@ -590,7 +632,8 @@ class Speech(Task):
             mel = np.logaddexp(mel, mel.max() - 7) if rng is None else self.vary(i, rng)  # 30 dB are heard
             parts = [mel - mel.mean(0), mel - mel.mean(), 2 * np.gradient(mel, axis=0)]
             if rng is not None:
-                parts = [part * (rng.random() > 0.3) for part in parts]  # so that none is relied on alone
+                u = rng.random(3)  # so that none is relied on alone; one at least stays
+                parts = [part * (u_i >= min(0.3, u.max())) for part, u_i in zip(parts, u)]
             mel = (np.concatenate(parts, 1) / (mel.std() + 1e-6))[-self.frames :]
             row[self.frames - len(mel) :] = mel
         return x

@@ -31,6 +31,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+
 
 @dataclass
 class Config:
@@ -401,8 +403,10 @@ class Trainer:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
         self.t = meta["step"]
-        for name in self.m:
-            self.m[name] = torch.from_numpy(arrays[f"m.{name}"]).to(self.device)
-            self.v[name] = torch.from_numpy(arrays[f"v.{name}"]).to(self.device)
+        for key, moments in (("m", self.m), ("v", self.v)):
+            for name in moments:
+                if arrays[f"{key}.{name}"].shape != arrays[name].shape:
+                    raise ValueError(f"{key}.{name} has another shape than {name}")
+                moments[name] = torch.from_numpy(arrays[f"{key}.{name}"]).to(self.device)
         self.state = torch.from_numpy(arrays["state"]).to(self.device) if "state" in arrays else None
         return self.t

@@ -1,9 +1,11 @@
 """Does every folder run, alone and in both frameworks, and learn?  python tests/smoke_test.py [torch|mlx] [FOLDER ...]
 
 Copies each folder to an empty place, runs its train.py there for a few seconds, checks a figure against a bound that an
-untrained model misses, and looks at the files that it wrote. Needs the five packages and nothing else.
+untrained model misses, and looks at the files that it wrote. Needs the five packages only. With --device cuda
+(mps, gpu ...) it runs there, and on the CPU too: a figure that is another there means arithmetic that can't be trusted.
 """
 
+import argparse
 import sys
 import tempfile
 
@@ -12,9 +14,9 @@ from folders import BACKENDS, FOLDERS, smoke
 from PIL import Image
 
 
-def check(name, backend, place):
+def check(name, backend, place, device="cpu"):
     """The short run of one folder: raises AssertionError with the reason if anything is not as promised."""
-    folder, result = FOLDERS[name], smoke(name, backend, place)
+    folder, result = FOLDERS[name], smoke(name, backend, place, device)
     figure, sign, bound = folder.learned
     assert result["backend"] == backend and result["params"] > 0 and result["seconds"] <= result["wall"]
     assert (result[figure] > bound) == (sign == ">"), f"{figure} is {result[figure]:.3f}, not {sign} {bound}"
@@ -40,13 +42,19 @@ def test_smoke(name, tmp_path):
 
 
 def main():
-    counts, asked = {"passed": 0, "failed": 0}, sys.argv[1:]
-    for name in [name for name in asked if name not in BACKENDS] or FOLDERS:
-        for backend in [backend for backend in BACKENDS if backend in asked] or BACKENDS:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=[*BACKENDS, *FOLDERS], default=[], metavar="torch|mlx|FOLDER")
+    parser.add_argument("--device", default="cpu")
+    args, counts = parser.parse_args(), {"passed": 0, "failed": 0}
+    for name in [name for name in args.what if name in FOLDERS] or FOLDERS:
+        for backend in [backend for backend in args.what if backend in BACKENDS] or BACKENDS:
+            figure = FOLDERS[name].learned[0]
             try:
                 with tempfile.TemporaryDirectory() as place:
-                    result, outcome = check(name, backend, place), "passed"
-                figure = FOLDERS[name].learned[0]
+                    result, outcome = check(name, backend, place, args.device), "passed"
+                    if args.device != "cpu":
+                        there, here = result[figure], check(name, backend, place)[figure]
+                        assert abs(there - here) < 0.02 * abs(here), f"{figure} {there:.4f}, on the CPU {here:.4f}"
                 text = f"{result['wall']:6.1f} s  {figure} {result[figure]:.4f}"
             except (AssertionError, OSError) as error:
                 outcome, text = "failed", str(error).strip().replace("\n", " | ")

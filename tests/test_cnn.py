@@ -1,5 +1,6 @@
 """cnn/: convolution and pooling by hand against the frameworks' own, style, folders of images, exported files."""
 
+import gzip
 import json
 
 import mlx.core as mx
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from folders import BACKENDS, copy_alone, load, make_trainer, run
-from PIL import Image
+from folders import BACKENDS, batches, copy_alone, load, load_file, make_task, make_trainer, result, run
+from PIL import Image, ImageDraw
+from test_parity import loss_and_grads
 
 SHAPES = [  # height, width, k, stride, padding
     (7, 9, 3, 1, 1),
@@ -110,6 +112,54 @@ def test_lenet_by_hand(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("i", [0, 1])
+def test_networks_by_hand(i, backend, monkeypatch):
+    """--impl by-hand: the logits and every gradient that the library's convolution and pooling give."""
+    net, batch, calls, found = load("cnn", backend), batches("cnn", i, 1)[0], [], []
+    for name in ("conv2d", "max_pool2d"):
+        own = getattr(net, name)
+        monkeypatch.setattr(net, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
+    for impl in ("builtin", "by-hand"):
+        assert not calls
+        trainer = make_trainer("cnn", i, backend, impl=impl)
+        found.append({"p": trainer.predict(batch[0]), **loss_and_grads("cnn", trainer, backend, batch)[1]})
+    layers = {0: ["conv2d", "max_pool2d"] * 2, 1: "c p cccp cc".replace(" ", "")}[i]
+    assert len(calls) == 2 * len(layers) and {*calls} == {"conv2d", "max_pool2d"}
+    for key, a in found[0].items():
+        assert np.abs(a).max() > 1e-3
+        np.testing.assert_allclose(found[1][key], a, rtol=1e-3, atol=1e-5, err_msg=key)
+
+
+def test_label_smoothing():
+    """A step of a smoothed loss is lower by what confidence costs; what is measured is not smoothed."""
+    for backend in BACKENDS:
+        net, z = load("cnn", backend), np.array([[5, 0, 0, 0]], np.float32)
+        losses = [float(net.loss_fn(array(backend, z), array(backend, np.array([0])), s)) for s in (0.0, 0.2)]
+        assert losses[1] - losses[0] == pytest.approx(0.2 * 5 * 3 / 4, rel=1e-4)  # of p = 0.2/4 for each of four
+        x, y = batches("cnn", 1, 1)[0]
+        figures = []
+        for s in (0.0, 0.2):
+            trainer = make_trainer("cnn", 1, backend, label_smoothing=s)
+            figures.append([float(trainer.evaluate(x, y)["val_loss"]), float(trainer.step(x, y, lr=0.01)["loss"])])
+        assert figures[0][0] == figures[1][0] == pytest.approx(figures[0][1], rel=1e-5)
+        assert abs(figures[0][1] - figures[1][1]) > 0.01
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_damaged_checkpoints(backend, tmp_path):
+    """load refuses, by its name, an array that is missing or has another shape: weights and moments."""
+    trainer = make_trainer("cnn", 0, backend)
+    trainer.save(tmp_path / "a.npz", 1)
+    with np.load(tmp_path / "a.npz") as f:
+        arrays = dict(f)
+    for name in ("conv1.weight", "m.fc1.bias", "v.conv2.weight"):
+        for other in ({}, {name: arrays[name][:1]}):
+            np.savez(tmp_path / "b.npz", **{key: a for key, a in arrays.items() if key != name} | other)
+            with pytest.raises(ValueError, match=f"^{name} "):
+                trainer.load(tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_labels_are_checked(backend):
     with pytest.raises(ValueError, match="label"):
         make_trainer("cnn", 0, backend).step(np.zeros((2, 14, 14, 1), np.float32), np.array([0, 4]), lr=0.1)
@@ -145,6 +195,29 @@ def test_style_twins():
         pictures.append(painter.image())
     assert np.abs(pictures[0] - pair()[0]).mean() > 0.02
     assert np.abs(pictures[0] - pictures[1]).max() < 0.02
+
+
+def photograph(size, seed):
+    """Noise with the spectrum of a photograph: fine parts are fainter than coarse ones."""
+    f = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))[..., None] + 1 / size
+    noise = np.random.default_rng(seed).standard_normal((size, size, 3))
+    image = np.fft.ifft2(np.fft.fft2(noise, axes=(0, 1)) / f**1.2, axes=(0, 1)).real
+    return (0.5 + 0.2 * image / image.std()).clip(0, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_style_has_no_squares(backend):
+    """Steps at the edges of squares of 8 pixels are no larger than others: 0.91 of them; with pools of 2x2, 1.43."""
+    content, style = photograph(64, 0), photograph(64, 1)
+    kept, net = content.copy(), load("cnn", backend)
+    config = net.Config(model="style", size=64, n_in=3, n_out=0, channels=[], weight_decay=0.0)
+    painter = net.Stylist(config, content, style, device="cpu")
+    for _ in range(40):
+        painter.step(lr=0.05)
+    x = painter.image()
+    steps = np.abs(np.diff(x, axis=0)).mean((1, 2)) + np.abs(np.diff(x, axis=1)).mean((0, 2))
+    assert steps[7::8].mean() / np.delete(steps, np.s_[7::8]).mean() < 1.15
+    assert (content == kept).all() and np.abs(x - kept).mean() > 0.05  # what was handed in is left as it was
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +298,91 @@ def folder(tmp_path_factory):
     return place
 
 
+def test_open_image(tmp_path):
+    """Grey of 16 bits and of floats is scaled, not clipped; white shows through; a photograph is turned upright."""
+    open_image, rows = load_file("cnn", "data").open_image, np.array([[0, 128, 255], [255, 128, 0]])
+    rgba = np.uint8([[(200, 0, 0, 0), (200, 0, 0, 128), (200, 0, 0, 255)]])
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down
+    for name, image, expected in (
+        ("deep.png", Image.fromarray(np.uint16(rows * 257)), rows),
+        ("deep.tif", Image.fromarray(np.int32(rows * 257)), rows),
+        ("float.tif", Image.fromarray(np.float32(rows / 255)), rows),
+        ("bytes.tif", Image.fromarray(np.float32(rows)), rows),
+        ("grey.png", Image.fromarray(np.uint8(rows)), rows),
+        ("turned.png", Image.fromarray(np.uint8(rows)), rows[::-1, ::-1]),
+        ("clear.png", Image.fromarray(rgba), [[(255, 255, 255), (227, 127, 127), (200, 0, 0)]]),
+        ("palette.png", Image.fromarray(rgba).quantize(3), [[(255, 255, 255), (227, 127, 127), (200, 0, 0)]]),
+        ("mask.png", Image.fromarray(rgba[..., 3] // 2).convert("LA"), [[0, 64, 127]]),
+    ):
+        image.save(tmp_path / name, **({"exif": turned} if name == "turned.png" else {}))
+        expected = np.array(expected) if np.ndim(expected) == 3 else np.array(expected)[..., None].repeat(3, 2)
+        opened = open_image(tmp_path / name)
+        assert opened.mode == "RGB" and np.abs(np.int64(opened) - expected).max() <= 1, name
+
+
+def test_bombs(tmp_path, capfd):
+    """A small file that says that it is a huge picture is refused in one line."""
+    Image.new("L", (10000, 6000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+    with pytest.raises(SystemExit):
+        load_file("cnn", "data").open_image(tmp_path / "bomb.png")
+    err = capfd.readouterr().err
+    assert "bomb.png is no picture that can be read" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_sets_that_do_not_fit(name, tmp_path, monkeypatch, capsys):
+    """Fewer labels than images, a class that is none, an empty test part: one line."""
+    (tmp_path / "mnist").mkdir()
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    for y, n_val in ((np.zeros(5), 4), (np.zeros(6), 0), (np.full(6, 12), 4)):
+        parts = [np.uint8(a) for a in (np.zeros((6, 28, 28)), y, np.zeros((n_val, 28, 28)), np.zeros(n_val))]
+        for a, stem in zip(parts, ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")):
+            head = bytes([0, 0, 8, a.ndim]) + np.array(a.shape, ">i4").tobytes()
+            (tmp_path / f"mnist/{stem}-ubyte.gz").write_bytes(gzip.compress(head + a.tobytes()))
+        with pytest.raises(SystemExit):
+            make_task(name, "--data", "mnist", "--batch-size", 2)
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and ("fit together" in err or "class numbers" in err)
+
+
+def test_arrows(tmp_path):
+    """Of the user's own classes one may be the other's mirror image: nothing is mirrored unless --flip says so."""
+    folder, rng = copy_alone("cnn", tmp_path / "cnn"), np.random.default_rng(0)
+    for name, way in (("left", -1), ("right", 1)):
+        (folder / "arrows" / name).mkdir(parents=True)
+        for i in range(30):
+            image, (u, v) = Image.new("RGB", (32, 32), "white"), rng.integers(12, 20, 2)
+            draw = ImageDraw.Draw(image)
+            draw.line((u - 8, v, u + 8, v), "black", 2)
+            draw.polygon([(u + 10 * way, v), (u + 3 * way, v - 5), (u + 3 * way, v + 5)], "black")
+            image.save(folder / "arrows" / name / f"{i}.png")
+    args = "--data arrows --steps 60 --channels 8 16 --batch-size 32".split()
+    plain = result(folder, "torch", *args)
+    assert plain["accuracy"] == 1 and "accuracy_flip" not in plain
+    mirrored = result(folder, "torch", *args, "--flip")
+    assert mirrored["accuracy_flip"] < 0.8 and "accuracy_flip" not in mirrored["printed"].splitlines()[-2]
+
+
+def test_mirror_images():
+    """A batch is mirrored where --flip says so: a half of it; and both kinds of accuracy are of held-out images."""
+
+    class Sides:
+        def predict(self, x):  # class 1, surely, if an image is lighter on the right
+            p = (x[:, :, 14:].sum((1, 2, 3)) > x[:, :, :14].sum((1, 2, 3))).astype(np.float32) * 0.9 + 0.05
+            return np.stack([1 - p, p, *[0 * p] * 8], 1)
+
+    plain, task = make_task("cnn", "--shift", 0), make_task("cnn", "--shift", 0, "--flip")
+    same = (plain.batch(3)[0] == task.batch(3)[0]).all((1, 2, 3))
+    assert 0.3 < same.mean() < 0.7
+    figures = plain.evaluate(Sides(), whole=True)
+    assert figures.keys() == {"val_loss", "accuracy"}
+    right = Sides().predict(task.x_val / np.float32(255)).argmax(1) == task.y_val
+    assert figures["accuracy"] == right.mean() == task.evaluate(Sides(), whole=True)["accuracy"]
+    assert "accuracy_flip" in task.evaluate(Sides(), whole=True)
+
+
 def test_folder_of_images(folder):
     args = ["--data", "shapes", "--steps", "30", "--channels", "8", "16", "--batch-size", "16"]
     code, out, err = run(folder, "torch", *args, "--export", "net.pt2")
@@ -232,12 +390,17 @@ def test_folder_of_images(folder):
     assert "broken.png" in err and "notes.txt" in err and "skipped 2 files" in err
     assert "32 to train on, 8 held out" in out
     assert json.loads(out.splitlines()[-1].removeprefix("result "))["accuracy"] > 0.9
+    assert "net.pt2: pixels (B, 32, 32, 3) from 0 to 1 -> logits (B, 2), any B" in out
     code, out, err = run(folder, "mlx", *args[:2], "--steps", "0", "--resume", "--export", "net.mlxfn")  # the other one
     assert code == 0, err
     assert json.loads(out.splitlines()[-1].removeprefix("result "))["accuracy"] > 0.9
+    assert "net.mlxfn: pixels (B, 32, 32, 3) from 0 to 1 -> logits (B, 2), B = 1, 2, 4" in out
     trainer = load("cnn", "torch").Trainer(load("cnn", "torch").Config("resnet", 32, 3, 2, [8, 16]), device="cpu")
     trainer.load(folder / "out/classify/ckpt.npz")
-    program, function = torch.export.load(folder / "net.pt2").module(), mx.import_function(str(folder / "net.mlxfn"))
+    kept = {"classes.json": ""}
+    program = torch.export.load(folder / "net.pt2", extra_files=kept).module()
+    function = mx.import_function(str(folder / "net.mlxfn"))
+    assert json.loads(kept["classes.json"]) == ["blue", "red"]
     for B in (1, 4):
         x = np.random.default_rng(B).random((B, 32, 32, 3), np.float32)
         expected = trainer.model(torch.from_numpy(x)).detach().numpy()
@@ -252,9 +415,12 @@ def test_folder_of_images(folder):
 def test_core_ml(i, tmp_path):
     coremltools = pytest.importorskip("coremltools")
     trainer = make_trainer("cnn", i, "torch")
-    trainer.export(tmp_path / "net.mlpackage")
+    most = {"lenet": 64, "resnet": 1}[trainer.config.model]
+    assert f"1 to {most};" in trainer.export(tmp_path / "net.mlpackage", ["a", "b", "c", "d"])
     spec = coremltools.utils.load_spec(str(tmp_path / "net.mlpackage"))
     size, n_in = trainer.config.size, trainer.config.n_in
     (image,), (logits,) = spec.description.input, spec.description.output
     assert list(image.type.multiArrayType.shape) == [1, size, size, n_in] and image.name == "image"
-    assert list(logits.type.multiArrayType.shape) == [1, trainer.config.n_out] and logits.name == "logits"
+    sizes = image.type.multiArrayType.shapeRange.sizeRanges[:1]
+    assert [(size.lowerBound, size.upperBound) for size in sizes] == [(1, 64)] * (most > 1) and logits.name == "logits"
+    assert json.loads(spec.description.metadata.userDefined["classes"]) == ["a", "b", "c", "d"]

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from adversary import SHORT
 from folders import FOLDERS, copy_alone, run
-from test_faults import SHORT
 
 TURNED = {  # flags before the |, if any, are in both runs
     "mlp": ["--seed 1", "--activation tanh", "--optimizer sgd", "--lr 0.5"],

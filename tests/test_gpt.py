@@ -1,6 +1,7 @@
 """gpt/ against GPT-2 as transformers computes it and against the frameworks' own layers; the cache; sampling; Muon."""
 
 import argparse
+import io
 import json
 import os
 import re
@@ -555,3 +556,46 @@ def test_bpe_travels(tmp_path):
         assert code == 0 and (loss > bound) == (steps == "0"), (loss, err)
     with np.load(folder / "out/text/ckpt.npz") as a, np.load(folder / "two/ckpt.npz") as b:
         assert json.loads(str(a["meta"]))["tokenizer"] == json.loads(str(b["meta"]))["tokenizer"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_start(backend):
+    """The scales of GPT-2 at first, narrower in what is added to the stream; norms 1 and biases 0."""
+    net = load("gpt", backend)
+    config = net.Config(block_size=8, vocab_size=31, n_layer=8, n_head=2, n_embd=32)
+    weights = net.get_weights(net.Trainer(config, device="cpu").model)
+    for name, w in weights.items():
+        expected = 0.005 if name.endswith("c_proj.weight") else 0.02 if w.ndim == 2 else 0  # 0.02 / sqrt(2 * 8)
+        assert w.std() == pytest.approx(expected, rel=0.15), name
+        assert w.ndim == 2 or (w == name.endswith("weight")).all()
+
+
+def test_what_is_typed(tmp_path, monkeypatch, capsys):
+    """What is no text, or too deep, is refused in a line; in a chat, it is asked for again."""
+    with pytest.raises(SystemExit):
+        make_task("gpt", "--prompt", "a\udcff")
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(SystemExit):
+        make_task("gpt", "--prompt", "-")
+    pair = [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c"}]
+    pair, own = [{"role": "system", "content": "Be brief."}, *pair], tmp_path / "own.jsonl"
+    for bad in ("[" * 100_000, json.dumps({"messages": [{"role": "user", "content": "\udcff"}]})):
+        own.write_text(bad + "\n")
+        with pytest.raises(SystemExit):
+            DATA.load_messages(own)
+    own.write_text((json.dumps({"messages": pair}, ensure_ascii=False) + "\n") * 10, encoding="utf-8")
+    assert DATA.load_messages(own)[9][1] == ("user", "a\u2028b")
+    assert make_task("gpt", "--task", "chat", "--data", own).prompts[0][0] == "you: a\u2028b\ngpt: "
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 4 and all(line.startswith("train.py: ") for line in err.splitlines()), err
+
+    class Silent:
+        def generate(self, ids, *_):
+            yield from letters.encode(DATA.END)[:, None]
+
+    letters = DATA.Characters("".join(sorted(set("assistant user\nHi" + DATA.END))))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\u4e2d\udcff\nHi\n"))
+    args = argparse.Namespace(beam=1, tokens=9, temperature=1, top_k=None, top_p=1, seed=0, stop=[DATA.END])
+    DATA.talk(Silent(), letters, argparse.Namespace(**vars(args), block_size=64))
+    out, err = capsys.readouterr()
+    assert out.count("gpt: ") == 1 and "alphabet lacks" in err

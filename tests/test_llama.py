@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -140,6 +141,72 @@ def test_sinks(backend):
         np.testing.assert_allclose(new[0, 0], expected[t], atol=2e-3)
     assert cache.size == 8 and {tuple(k.shape) for k in cache.k + cache.v} == {(1, 2, 8, 8)}
     assert np.abs(expected[20:]).mean() > 0.4  # the bound is far below what there is
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_head_dim(backend):
+    """Heads of another size than n_embd / n_head, beside the same by hand."""
+    sizes = dict(head_dim=12, window=40, sinks=0)  # a window that is wider than the text
+    net, trainer = randomised(backend, **sizes)
+    assert net.get_weights(trainer.model)["layers.0.self_attn.o_proj.weight"].shape == (32, 48)
+    expected = streamed(randomised("torch", **sizes)[1].model, idx := np.arange(20) * 7 % 29)
+    np.testing.assert_allclose(logits(backend, trainer, idx[None])[0], expected, atol=2e-3)
+    new = [int(token[0]) for token in trainer.generate(idx[None, :1], 1, temperature=0)]
+    assert new == [expected[0].argmax()]
+    with pytest.raises(ValueError, match="head_dim"):
+        net.Config(head_dim=7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clip(backend, optimizer):
+    """A gradient longer than 1 enters the moments with length 1, a shorter one as it is."""
+    x, y = np.arange(24)[None] % 29, np.arange(1, 25)[None] % 29
+    lengths = []
+    for scale in (1.0, 0.03):  # of the head, whose size is the gradient's
+        net, trainer = randomised(backend, optimizer=optimizer, tied=False)
+        weights = {"norm.weight": scale * net.get_weights(trainer.model)["norm.weight"]}
+        weights["lm_head.weight"] = scale * net.get_weights(trainer.model)["lm_head.weight"]
+        net.set_weights(trainer.model, weights)
+        trainer.step(x, y, lr=1e-3)
+        lengths.append(sum(float((net.gather(m) ** 2).sum()) for m in trainer.m.values()) ** 0.5)
+    assert lengths[0] == pytest.approx(0.1, rel=1e-3) and 3e-4 < lengths[1] < 0.02
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16(backend):
+    """Computed in bfloat16 the loss is another, but nearly the same; weights and moments stay float32."""
+    x, y = np.arange(48).reshape(2, 24) % 29, np.arange(1, 49).reshape(2, 24) % 29
+    for lora in (0, 3):
+        losses = []
+        for dtype in ("float32", "bfloat16"):
+            net, base = randomised(backend, lora_rank=lora)
+            weights = {name: 0.3 * w for name, w in net.get_weights(base.model).items()}
+            trainer = net.Trainer(base.config, device="cpu", weights=weights, dtype=dtype)
+            before = net.get_weights(trainer.model)
+            losses.append([float(trainer.step(x, y, lr=1e-3)["loss"]) for _ in range(5)])
+            after = net.get_weights(trainer.model)
+        assert losses[0] != losses[1]
+        np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+        assert {w.dtype for w in after.values()} == {np.dtype(np.float32)}
+        assert {name for name in after if (after[name] != before[name]).any()} == net.trained(trainer.model).keys()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_load_refuses(backend, tmp_path):
+    """An array that is missing or has another shape is named, a moment's too, and nothing is taken up."""
+    x, y = np.arange(24)[None] % 29, np.arange(1, 25)[None] % 29
+    net, trainer = randomised(backend)
+    trainer.step(x, y, lr=1e-3)
+    trainer.save(tmp_path / "ckpt.npz", 1)
+    with np.load(tmp_path / "ckpt.npz") as f:
+        arrays = dict(f)
+    for name in ("norm.weight", "m.norm.weight", "v.layers.1.mlp.down_proj.weight"):
+        for bad in ({}, {name: arrays[name][:5]}):
+            np.savez(tmp_path / "bad.npz", **{**{key: w for key, w in arrays.items() if key != name}, **bad})
+            with pytest.raises(ValueError, match=name):
+                trainer.load(tmp_path / "bad.npz")
+    assert trainer.load(tmp_path / "ckpt.npz") == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -386,6 +453,59 @@ def write_model(folder, seed=0):
         (folder / f"model-{shard}.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + numbers)
 
 
+def test_export(tmp_path, monkeypatch):
+    """What is written is read again: the same model in float32, in one file or in many, and nearly so in bfloat16."""
+    llama3 = dict(rope="llama3", rope_factor=4.0, rope_context=8)
+    for changes in (dict(head_dim=12), dict(n_head=2, tied=False, rope="linear", rope_factor=2.0), llama3):
+        net, trainer = randomised("torch", **changes)
+        weights, x = net.get_weights(trainer.model), np.arange(24)[None] % 29
+        for dtype, most in ("float32", 2 * 10**9), ("float32", 9000), ("bfloat16", 9000):
+            monkeypatch.setattr(data, "SHARD", most)
+            folder = tmp_path / f"{dtype}{most}{len(list(tmp_path.iterdir()))}"
+            data.export_llama(folder, trainer.config, weights, dtype)
+            files = [file.name for file in sorted(folder.glob("*.safetensors"))]
+            assert files == ["model.safetensors"] or f"model-00002-of-{len(files):05}.safetensors" == files[1]
+            assert (len(files) == 1) == (most > 9000)
+            if len(files) > 1:
+                index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+                assert set(index.values()) == set(files) and len(index) > len(weights)
+            config, again = data.load_llama(folder)
+            there = net.Trainer(net.Config(**config), device="cpu", weights=again)
+            assert again.keys() == weights.keys()
+            for name, w in again.items():
+                np.testing.assert_allclose(w, weights[name], rtol=0 if dtype == "float32" else 2**-8)
+            if dtype == "float32":
+                assert (logits("torch", there, x) == logits("torch", trainer, x)).all()
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("num_hidden_layers", -1), ("num_hidden_layers", 10**9), ("num_hidden_layers", "a"), ("num_attention_heads", 0),
+    ("num_key_value_heads", -2), ("head_dim", 10**9), ("hidden_size", True), ("vocab_size", 10**9),
+    ("intermediate_size", 3.5), ("rms_norm_eps", "small"), ("max_position_embeddings", 0),
+])  # fmt: skip
+def test_config_is_checked(name, value, tmp_path, capsys):
+    """A number that no Llama can have, or that its weights have not, is refused by its name, in one line."""
+    write_model(tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(SystemExit):
+        data.load_llama(tmp_path / "model")
+    assert f"config.json has {name} " in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+
+
+def test_nested_files(tmp_path, capsys):
+    """JSON that is nested deeper than Python follows."""
+    deep = "[" * 100_000
+    write_model(tmp_path / "model")
+    for name in ("model-0.safetensors", "config.json", "tokenizer.json"):
+        head = len(deep).to_bytes(8, "little") if "model" in name else b""
+        (tmp_path / "model" / name).write_bytes(head + deep.encode())
+        with pytest.raises(SystemExit):
+            (data.read_tokenizer if "tokenizer" in name else data.load_llama)(tmp_path / "model")
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def result(folder, backend, *args, typed=None):
     process = start(folder, backend, *args, stdin=subprocess.PIPE)
     out, err = process.communicate(typed)
@@ -410,6 +530,14 @@ def test_program(backend, tmp_path):
     said, out = result(folder, backend, *args, *talk, typed="the sea?\n")
     assert "> in the hell\n" in out and "val_loss" not in said
     assert (folder / said["files"][-1]).read_text() == "user: the sea?\n\nassistant: in the hell\n\n"
+    result(folder, backend, *args, "--resume", "--steps", 80, "--export-hf", "new")
+    exported, _ = result(folder, backend, "--init", "new", *args, "--steps", 0, "--out", "out/new")
+    assert exported["val_loss"] == pytest.approx(tuned["val_loss"], abs=1e-3)
+    bad = "--init new --out out/bad --prompt".split()
+    for prompt, reason in ("\udcff", "UTF-8"), ("-", "closed"):
+        process = start(folder, backend, *bad, prompt, preexec_fn=lambda: os.close(0))  # no standard input
+        _, err = process.communicate()
+        assert process.returncode == 2 and reason in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no torchrun and no mlx.launch")

@@ -1,9 +1,10 @@
 """What README.md names is there: folders, classes, functions, flags and pictures."""
 
 import re
+import shlex
 
 import pytest
-from folders import FOLDERS, ROOT
+from folders import BACKENDS, FOLDERS, ROOT, make_args
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHAPTERS = README.split("## From the chapters to the code")[-1]
@@ -28,11 +29,20 @@ def test_chapters(name):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_commands(name):
-    """Each flag of the commands shown is one of the folder's."""
-    commands = re.findall(rf"{name}/train\.py([^`\n]*)", README)
-    assert commands, f"no command of {name} is shown"
-    for flag in re.findall(r"--[a-z][a-z-]*", " ".join(commands)):
-        assert f'"{flag}"' in text_of(name), f"{name}/train.py has no {flag}"
+    """Each command shown is one that the folder's train.py takes: its flags are there, their values in range."""
+    commands = re.findall(rf"python {name}/train\.py([^`\n]*)", README)
+    assert len(commands) > 2, f"few commands of {name} are shown"
+    for command in commands:
+        args = make_args(name, *(word for word in shlex.split(command) if word not in ("--resume", "--backend", "mlx")))
+        assert args.steps >= 0
+
+
+def test_side_by_side():
+    """The class shown in both frameworks is that of the files."""
+    blocks = re.findall(r"```python\n(class .*?)```", README, re.S)
+    assert len(blocks) == 2
+    for block, backend in zip(blocks, BACKENDS):
+        assert block in (ROOT / f"rnn/model_{backend}.py").read_text(encoding="utf-8")
 
 
 def test_links():

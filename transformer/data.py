@@ -137,14 +137,14 @@ def record(out, row, first):
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    image, x = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247)), np.array([row["step"] for row in rows])
+    image = Image.new("RGB", (1280, 280 * len(names)), (250, 250, 247))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(26)
-    draw.text((1260, 14), f"step {x[-1]}", (60, 60, 60), font, anchor="ra")
+    draw.text((1260, 14), f"step {row['step']}", (60, 60, 60), font, anchor="ra")
     for i, name in enumerate(names):
-        y = np.array([row[name] for row in rows])
+        x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
         draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
-        draw.line(list(zip(20 + 1240 * x / x[-1], 280 * i + 260 - 190 * height)), (31, 119, 180), 5, joint="curve")
+        draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
@@ -229,25 +229,36 @@ def to_chinese(n):
     return text.removeprefix("一") if text.startswith("一十") else text or "零"
 
 
-def load_pairs(data):
-    """Pairs of sentences to train on, and held out: multi30k's, or a file's with a tab between the two on each line."""
-    if data == "multi30k":
-        place = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / "multi30k"
-        files = [[place / f"{part}.{language}" for language in ("en", "de")] for part in ("train", "test_2016_flickr")]
-        for file in sum(files, []):
-            if not file.exists():
-                fail(f"{file} is missing: unpack it there from data/task1/raw of github.com/multi30k/dataset")
-        sides = [[file.read_text(encoding="utf-8").splitlines() for file in part] for part in files]
-        return [list(zip(*part)) for part in sides]
+def read_lines(path):
+    """The lines of a text in UTF-8."""
     try:
-        lines = Path(data).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{data} is no text that can be read ({error}): name numbers, multi30k or a file in UTF-8")
+        return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        fail(f"{path} is no text that can be read ({error}): name numbers, multi30k or a file in UTF-8")
+
+
+def load_pairs(data, least):
+    """Pairs of sentences to train on, those held out, and those to test a model on that learned from other data.
+
+    They are multi30k's, or those of a file that has one on each line, with a tab between the two.
+    """
+    if data == "multi30k":
+        place, parts = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / data, []
+        for part, n in ("train", 29_000), ("test_2016_flickr", 1000):
+            files = [place / f"{part}.{language}" for language in ("en", "de")]
+            sides = [read_lines(file) if file.exists() else [] for file in files]
+            for file, lines in zip(files, sides):
+                if len(lines) != n:
+                    there = f"has {len(lines)} lines, not {n}" if lines else "is missing"
+                    fail(f"{file} {there}: unpack it there from data/task1/raw of github.com/multi30k/dataset")
+            parts.append(list(zip(*sides)))
+        return *parts, parts[1]
+    lines = read_lines(data)
     pairs = [pair for line in lines if len(pair := tuple(line.split("\t")[:2])) == 2 and all(pair)]
-    if len(pairs) < 100 or len(pairs) < len(lines) // 2:
-        fail(f"{data} must have 100 lines or more, each a sentence, a tab and its translation: it has {len(pairs)}")
+    if len(pairs) < max(least, len(lines) // 2):
+        fail(f"{data} must have {least} lines or more, each a sentence, a tab and its translation: it has {len(pairs)}")
     held_out = set(pairs[::20])  # a pair that is there twice is in one part alone
-    return [pair for pair in pairs if pair not in held_out], pairs[::20]
+    return [pair for pair in pairs if pair not in held_out], pairs[::20], pairs
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -341,10 +352,11 @@ def padded(rows):
 
 
 def bleu(answers, references):
-    """BLEU (Papineni et al. 2002) of a list of sentences, each with a list of references, in percent, as sacreBLEU's.
+    """BLEU (Papineni et al. 2002) of a list of sentences, each with a list of references, in percent.
 
-    The geometric mean of the shares of n-grams, n = 1 ... 4, that are in a reference too, times a penalty for brevity.
-    A share of none of m counts as 1 / (2^k m) for the k-th such n.
+    The geometric mean of the shares of n-grams, n = 1 ... 4, that are in a reference too, times a penalty for brevity,
+    over all sentences at once. As sacreBLEU counts by default: tokens of mteval-v13a, capitals kept, and a share of
+    none of m counts as 1 / (2^k m) for the k-th such n. Where no word is right, or all answers are too short, it is 0.
     """
     right, total, n_answer, n_reference = np.zeros(4), np.zeros(4), 0, 0
     for answer, others in zip(answers, references):
@@ -358,7 +370,7 @@ def bleu(answers, references):
             grams = Counter(zip(*(answer[i:] for i in range(n))))
             right[n - 1] += (grams & most).total()
             total[n - 1] += grams.total()
-    if not total.all():
+    if not total.all() or not right.any():
         return 0.0
     none = np.cumsum(right == 0)
     share = np.where(right == 0, 0.5**none, right) / total
@@ -367,6 +379,8 @@ def bleu(answers, references):
 
 def mteval_tokens(text):
     """Words and signs, as mteval-v13a splits them."""
+    for name, sign in ("quot", '"'), ("amp", "&"), ("lt", "<"), ("gt", ">"):
+        text = text.replace(f"&{name};", sign)
     text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", f" {text} ")
     text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)
     text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
@@ -529,13 +543,17 @@ def draw_matches(images, texts, likeness, rows=8, columns=6):
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def score(trainer, arrays, whole):
-    """What Trainer.evaluate says of all rows, or of the first 200: the mean over parts of up to 100 rows."""
+def score(trainer, arrays, whole, count=len):
+    """What Trainer.evaluate says of all rows, or of the first 200: the mean over parts of 100 rows.
+
+    A part has the weight that count says of its last array.
+    """
     n, total = len(arrays[0]) if whole else min(200, len(arrays[0])), {}
-    for i in range(0, n, 100):
-        part = [a[i : min(i + 100, n)] for a in arrays]
+    parts = [[a[i : min(i + 100, n)] for a in arrays] for i in range(0, n, 100)]
+    weights = [int(count(part[-1])) for part in parts]
+    for part, weight in zip(parts, weights):
         for name, value in trainer.evaluate(*part).items():
-            total[name] = total.get(name, 0.0) + float(value) * len(part[0]) / n
+            total[name] = total.get(name, 0.0) + float(value) * weight / sum(weights)
     return total
 
 
@@ -565,19 +583,24 @@ class Numbers:
 
 
 class Sentences:
-    """Sentences and their translations, as byte pairs that are learned from both languages of the training part."""
+    """Sentences and their translations, as byte pairs that are learned from both languages of the training part.
+
+    Of a file every twentieth pair is held out; but a checkpoint that learned from other data is tested on all of it.
+    """
 
     length = 64
 
     def __init__(self, args, saved):
-        train, self.test = load_pairs(args.data)
-        if args.batch_size > len(train):
+        train, self.test, whole = load_pairs(args.data, 100 if args.steps else 1)
+        if args.steps and args.batch_size > len(train):
             fail(f"--batch-size {args.batch_size} is more than the {len(train)} pairs: make it smaller")
         text = "\n".join(map("\n".join, train))
         ranks = (saved or {}).get("ranks") or [token.hex() for token in learn_bpe(text, args.merges)]
         self.sides = [BytePairs({bytes.fromhex(token): i for i, token in enumerate(ranks)})] * 2
         self.train = sorted(train, key=lambda pair: len(pair[0]) + len(pair[1]))
         self.extra = dict(ranks=ranks, digest=digest(np.frombuffer(text.encode(), np.uint8)))
+        if saved and saved.get("digest", self.extra["digest"]) != self.extra["digest"]:
+            train, self.test = [], whole
         self.about = f"{args.data}: {len(train):,} pairs to train on, {len(self.test):,} held out"
 
     def choose(self, n, rng):
@@ -621,7 +644,7 @@ class Translate(Task):
         if whole:  # five examples, or the answer to --prompt, before the long evaluation
             for text, answer in zip(self.shown, self.translate(trainer, self.shown)):
                 print(f"{text}\n    -> {answer}", flush=True)
-        return score(trainer, self.held_out, whole)
+        return score(trainer, self.held_out, whole, lambda tgt: (tgt[:, 1:] != PAD).sum())  # its tokens
 
     def translate(self, trainer, texts):
         answers = []

@@ -23,6 +23,8 @@ import math
 import os
 from dataclasses import asdict, dataclass
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -48,6 +50,7 @@ class Config:
     positions: str = "sinusoidal"  # or learned
     dropout: float = 0.0  # of the embeddings and of what each branch adds
     label_smoothing: float = 0.0  # the share of 1 that is spread over all tokens
+    ema: float = 0.0  # all but training uses an average of the weights, which moves by 1 - ema a step; 0: the weights
     optimizer: str = "muon"  # muon or adamw
     weight_decay: float = 0.0
 
@@ -193,40 +196,48 @@ class Cache:
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-class Encoder(nn.Module):
+class Stack(nn.Module):
+    """What encoder and decoder have in common: embeddings of the tokens, their places, blocks and a last norm."""
+
+    def __init__(self, config, vocab_size, block):
+        super().__init__()
+        self.scale = math.sqrt(config.width)
+        self.embed = nn.Embedding(vocab_size, config.width)
+        self.positions = Positions(config, config.length)
+        self.blocks = [block(config) for _ in range(config.n_layer)]
+        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+
+    def start(self, ids, place=0):
+        """ids (B, T), the first of them at `place` -> (B, T, C): entries of about 0.2, and positions of up to 1"""
+        return self.positions(self.scale * self.embed(ids), place)
+
+
+class Encoder(Stack):
     """A sentence's tokens, each seen in the light of all."""
 
     def __init__(self, config):
-        super().__init__()
-        self.scale = math.sqrt(config.width)
-        self.embed = nn.Embedding(config.src_vocab, config.width)
-        self.positions = Positions(config, config.length)
-        self.blocks = [EncoderBlock(config) for _ in range(config.n_layer)]
-        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+        super().__init__(config, config.src_vocab, EncoderBlock)
 
     def __call__(self, ids):
         """ids (B, S) -> (B, S, C), and the mask (B, 1, 1, S) that is False at the padding."""
         mask = (ids != PAD)[:, None, None]
-        x = self.positions(self.scale * self.embed(ids))  # entries of about 0.2, positions of up to 1
+        x = self.start(ids)
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x), mask
 
 
-class Decoder(nn.Module):
+class Decoder(Stack):
+    """Says of each token of the target, by those before it and the source, what the next one is."""
+
     def __init__(self, config):
-        super().__init__()
-        self.scale = math.sqrt(config.width)
-        self.embed = nn.Embedding(config.tgt_vocab, config.width)
-        self.positions = Positions(config, config.length)
-        self.blocks = [DecoderBlock(config) for _ in range(config.n_layer)]
-        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+        super().__init__(config, config.tgt_vocab, DecoderBlock)
 
     def __call__(self, ids, memory, memory_mask, cache=None):
         """ids (B, T), memory (B, S, C) -> logits (B, T, V). With a cache, ids (B, 1) go on from what it holds."""
-        T, start = ids.shape[1], 0 if cache is None else cache.length
+        T, place = ids.shape[1], 0 if cache is None else cache.length
         mask = mx.tril(mx.ones((T, T))).astype(mx.bool_)  # t sees 0 ... t
-        x = self.positions(self.scale * self.embed(ids), start)
+        x = self.start(ids, place)
         for layer, block in enumerate(self.blocks):
             seen = block.cross.keys_values(memory) if cache is None else cache.memory[layer]
             x = block(x, mask if cache is None else None, seen, memory_mask, cache, layer)
@@ -277,9 +288,7 @@ class BuiltinSeq2Seq(nn.Module):
 
     def __call__(self, src, tgt):
         """src (B, S), tgt (B, T) -> logits (B, T, V)"""
-        sides = (self.encoder, src), (self.decoder, tgt)
-        embed = [side.positions(side.scale * side.embed(ids)) for side, ids in sides]
-        T = tgt.shape[1]
+        embed, T = (self.encoder.start(src), self.decoder.start(tgt)), tgt.shape[1]
         ahead = mx.tril(mx.ones((T, T))).astype(mx.bool_)  # here True is what may be seen
         pad = (src != PAD)[:, None, None]
         y = self.transformer(*embed, pad, ahead, pad)
@@ -439,13 +448,20 @@ def get_weights(model):
     return {name: np.array(p) for name, p in tree_flatten(model.parameters())}
 
 
+def checked(arrays, name, like):
+    """The one of {name: numpy array} that has this name, and must have the shape of `like`; float32."""
+    if name not in arrays:
+        raise ValueError(f"{name} is missing")
+    if arrays[name].shape != tuple(like.shape):
+        raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {tuple(like.shape)}")
+    return arrays[name].astype(np.float32)
+
+
 def set_weights(model, weights):
     """Put {name: numpy array} in place of the model's parameters."""
     params = dict(tree_flatten(model.parameters()))
     for name, p in params.items():
-        if weights[name].shape != p.shape:
-            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {p.shape}")
-        params[name] = mx.array(weights[name], mx.float32)
+        params[name] = mx.array(checked(weights, name, p))
     model.update(tree_unflatten(list(params.items())))
 
 
@@ -475,10 +491,15 @@ class Trainer:
     def __init__(self, config, seed=0, device=None):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
         mx.set_default_device(getattr(mx, self.device))
-        self.model = {"seq2seq": Seq2Seq, "vit": ViT, "clip": CLIP}[config.model](config)
-        init_weights(self.model, seed)
+        kind = {"seq2seq": Seq2Seq, "vit": ViT, "clip": CLIP}[config.model]
+        self.model = kind(config).eval()  # only a step trains
+        self.average = kind(config).eval() if config.ema else self.model
+        for model in (self.model, self.average):
+            init_weights(model, seed)
         self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
-        self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
+        muons = [name for name, p in self.m.items() if p.ndim == 2 and "blocks." in name]  # the matrices of the blocks
+        adamws = self.m.keys() - (muons if config.optimizer == "muon" else [])
+        self.v = {name: mx.zeros_like(p) for name, p in self.m.items() if name in adamws}
 
     def arrays(self, *arrays):
         """Numpy to the framework. Ids are checked first: MLX would read past the end of an array without a word."""
@@ -500,44 +521,45 @@ class Trainer:
         grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
         for name, p in params.items():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
-            if self.config.optimizer == "muon" and p.ndim == 2 and "blocks." in name:  # the matrices of the blocks
-                params[name], self.m[name] = muon(p, grads[name], self.m[name], lr, decay)
-            else:
+            if name in self.v:
                 moments = self.m[name], self.v[name]
                 params[name], self.m[name], self.v[name] = adamw(p, grads[name], *moments, lr, self.t, decay)
+            else:
+                params[name], self.m[name] = muon(p, grads[name], self.m[name], lr, decay)
         self.model.update(tree_unflatten(list(params.items())))
-        mx.eval(loss, params, self.m, self.v)  # MLX is lazy: here the step is computed
+        self.model.eval()
+        if self.config.ema:
+            keep = min(self.config.ema, self.t / (self.t + 10))  # at first the average is of few steps
+            for name, average in tree_flatten(self.average.parameters()):
+                params[name] = keep * average + (1 - keep) * params[name]
+            self.average.update(tree_unflatten(list(params.items())))
+        mx.eval(loss, self.model, self.average, self.m, self.v)  # MLX is lazy: here the step is computed
         return {"loss": loss}
 
     def evaluate(self, *arrays):
         """{"val_loss", "accuracy"}, the share of tokens, classes or pairs that come first."""
-        self.model.eval()
-        loss, accuracy = self.model.loss(*self.arrays(*arrays))
+        loss, accuracy = self.average.loss(*self.arrays(*arrays))
         return {"val_loss": loss, "accuracy": accuracy}
 
     def translate(self, src, beam=4, alpha=0.6):
         """src (B, S) -> B lists of tokens."""
-        self.model.eval()
-        return translate(self.model, *self.arrays(src), beam, alpha, self.config.length)
+        return translate(self.average, *self.arrays(src), beam, alpha, self.config.length)
 
     def predict(self, x):
         """x (B, H, W, C) -> numpy (B, n_out): vit: the probabilities of the classes."""
-        self.model.eval()
-        return np.array(mx.softmax(self.model(*self.arrays(x)), -1))
+        return np.array(mx.softmax(self.average(*self.arrays(x)), -1))
 
     def embed(self, x, ids):
         """clip: x (B, H, W, C), ids (B', S) -> numpy unit vectors (B, n_out), (B', n_out)."""
-        self.model.eval()
         x, ids = self.arrays(x, ids)
-        return np.array(self.model.embed_images(x)), np.array(self.model.embed_texts(ids))
+        return np.array(self.average.embed_images(x)), np.array(self.average.embed_texts(ids))
 
     def attention(self, *arrays):
         """Where the last layer looks, numpy (B, h, T, S): the decoder at the source, or all tokens of a picture."""
-        self.model.eval()
-        side = self.model.decoder if self.config.model == "seq2seq" else self.model.encoder
+        side = self.average.decoder if self.config.model == "seq2seq" else self.average.encoder
         layer = side.blocks[-1].cross if self.config.model == "seq2seq" else side.blocks[-1].attn
         layer.by_hand = True
-        self.model(*self.arrays(*arrays))
+        self.average(*self.arrays(*arrays))
         layer.by_hand = False
         return np.array(layer._p)
 
@@ -546,6 +568,8 @@ class Trainer:
         arrays = get_weights(self.model)
         arrays |= {f"m.{name}": np.array(m) for name, m in self.m.items()}
         arrays |= {f"v.{name}": np.array(v) for name, v in self.v.items()}
+        if self.config.ema:
+            arrays |= {f"average.{name}": a for name, a in get_weights(self.average).items()}
         meta = {"model": "transformer", "config": asdict(self.config), "step": step, **extra}
         with open(f"{path}.part", "wb") as f:
             np.savez(f, meta=json.dumps(meta), **arrays)
@@ -556,8 +580,10 @@ class Trainer:
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
+        if self.config.ema:  # a run without it may go on with it
+            set_weights(self.average, {name: arrays.get(f"average.{name}", arrays[name]) for name in self.m})
+        for kind, moments in (("m", self.m), ("v", self.v)):
+            for name, a in moments.items():
+                moments[name] = mx.array(checked(arrays, f"{kind}.{name}", a))
         self.t = meta["step"]
-        for name in self.m:
-            self.m[name] = mx.array(arrays[f"m.{name}"])
-            self.v[name] = mx.array(arrays[f"v.{name}"])
         return self.t

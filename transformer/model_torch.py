@@ -28,6 +28,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+
 PAD, BOS, EOS = 0, 1, 2  # tokens: nothing, the beginning and the end of a sentence
 
 
@@ -47,6 +49,7 @@ class Config:
     positions: str = "sinusoidal"  # or learned
     dropout: float = 0.0  # of the embeddings and of what each branch adds
     label_smoothing: float = 0.0  # the share of 1 that is spread over all tokens
+    ema: float = 0.0  # all but training uses an average of the weights, which moves by 1 - ema a step; 0: the weights
     optimizer: str = "muon"  # muon or adamw
     weight_decay: float = 0.0
 
@@ -192,40 +195,48 @@ class Cache:
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-class Encoder(nn.Module):
+class Stack(nn.Module):
+    """What encoder and decoder have in common: embeddings of the tokens, their places, blocks and a last norm."""
+
+    def __init__(self, config, vocab_size, block):
+        super().__init__()
+        self.scale = math.sqrt(config.width)
+        self.embed = nn.Embedding(vocab_size, config.width)
+        self.positions = Positions(config, config.length)
+        self.blocks = nn.ModuleList([block(config) for _ in range(config.n_layer)])
+        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+
+    def start(self, ids, place=0):
+        """ids (B, T), the first of them at `place` -> (B, T, C): entries of about 0.2, and positions of up to 1"""
+        return self.positions(self.scale * self.embed(ids), place)
+
+
+class Encoder(Stack):
     """A sentence's tokens, each seen in the light of all."""
 
     def __init__(self, config):
-        super().__init__()
-        self.scale = math.sqrt(config.width)
-        self.embed = nn.Embedding(config.src_vocab, config.width)
-        self.positions = Positions(config, config.length)
-        self.blocks = nn.ModuleList([EncoderBlock(config) for _ in range(config.n_layer)])
-        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+        super().__init__(config, config.src_vocab, EncoderBlock)
 
     def forward(self, ids):
         """ids (B, S) -> (B, S, C), and the mask (B, 1, 1, S) that is False at the padding."""
         mask = (ids != PAD)[:, None, None]
-        x = self.positions(self.scale * self.embed(ids))  # entries of about 0.2, positions of up to 1
+        x = self.start(ids)
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x), mask
 
 
-class Decoder(nn.Module):
+class Decoder(Stack):
+    """Says of each token of the target, by those before it and the source, what the next one is."""
+
     def __init__(self, config):
-        super().__init__()
-        self.scale = math.sqrt(config.width)
-        self.embed = nn.Embedding(config.tgt_vocab, config.width)
-        self.positions = Positions(config, config.length)
-        self.blocks = nn.ModuleList([DecoderBlock(config) for _ in range(config.n_layer)])
-        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+        super().__init__(config, config.tgt_vocab, DecoderBlock)
 
     def forward(self, ids, memory, memory_mask, cache=None):
         """ids (B, T), memory (B, S, C) -> logits (B, T, V). With a cache, ids (B, 1) go on from what it holds."""
-        T, start = ids.shape[1], 0 if cache is None else cache.length
+        T, place = ids.shape[1], 0 if cache is None else cache.length
         mask = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()  # t sees 0 ... t
-        x = self.positions(self.scale * self.embed(ids), start)
+        x = self.start(ids, place)
         for layer, block in enumerate(self.blocks):
             seen = block.cross.keys_values(memory) if cache is None else cache.memory[layer]
             x = block(x, mask if cache is None else None, seen, memory_mask, cache, layer)
@@ -277,9 +288,7 @@ class BuiltinSeq2Seq(nn.Module):
 
     def forward(self, src, tgt):
         """src (B, S), tgt (B, T) -> logits (B, T, V)"""
-        sides = (self.encoder, src), (self.decoder, tgt)
-        embed = [side.positions(side.scale * side.embed(ids)) for side, ids in sides]
-        T = tgt.shape[1]
+        embed, T = (self.encoder.start(src), self.decoder.start(tgt)), tgt.shape[1]
         ahead = torch.ones(T, T, dtype=torch.bool, device=tgt.device).triu(1)  # here True is what must not be seen
         pad = src == PAD
         y = self.transformer(*embed, tgt_mask=ahead, src_key_padding_mask=pad, memory_key_padding_mask=pad)
@@ -442,12 +451,19 @@ def get_weights(model):
     return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
 
 
+def checked(arrays, name, like):
+    """The one of {name: numpy array} that has this name, and must have the shape of `like`; float32."""
+    if name not in arrays:
+        raise ValueError(f"{name} is missing")
+    if arrays[name].shape != tuple(like.shape):
+        raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {tuple(like.shape)}")
+    return arrays[name].astype(np.float32)
+
+
 def set_weights(model, weights):
     """Put {name: numpy array} in place of the model's parameters."""
     for name, p in model.named_parameters():
-        if weights[name].shape != tuple(p.shape):
-            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
-        p.data.copy_(torch.from_numpy(weights[name]))
+        p.data.copy_(torch.from_numpy(checked(weights, name, p)))
 
 
 def init_weights(model, seed):
@@ -476,10 +492,15 @@ class Trainer:
 
     def __init__(self, config, seed=0, device=None):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
-        self.model = {"seq2seq": Seq2Seq, "vit": ViT, "clip": CLIP}[config.model](config).to(self.device)
-        init_weights(self.model, seed)
+        kind = {"seq2seq": Seq2Seq, "vit": ViT, "clip": CLIP}[config.model]
+        self.model = kind(config).to(self.device).eval()  # only a step trains
+        self.average = kind(config).to(self.device).eval() if config.ema else self.model
+        for model in (self.model, self.average):
+            init_weights(model, seed)
         self.m = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
-        self.v = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
+        muons = [name for name, p in self.m.items() if p.ndim == 2 and "blocks." in name]  # the matrices of the blocks
+        adamws = self.m.keys() - (muons if config.optimizer == "muon" else [])
+        self.v = {name: torch.zeros_like(p) for name, p in self.m.items() if name in adamws}
 
     def arrays(self, *arrays):
         """Numpy to the framework. Ids are checked first: MLX would read past the end of an array without a word."""
@@ -502,45 +523,45 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for name, p in self.model.named_parameters():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
-            if self.config.optimizer == "muon" and p.ndim == 2 and "blocks." in name:  # the matrices of the blocks
-                muon(p, p.grad, self.m[name], lr, decay)
-            else:
+            if name in self.v:
                 adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
+            else:
+                muon(p, p.grad, self.m[name], lr, decay)
+        self.model.eval()
+        if self.config.ema:
+            keep = min(self.config.ema, self.t / (self.t + 10))  # at first the average is of few steps
+            for p, average in zip(self.model.parameters(), self.average.parameters()):
+                average.data.lerp_(p.data, 1 - keep)
         return {"loss": loss.detach()}
 
     @torch.no_grad()
     def evaluate(self, *arrays):
         """{"val_loss", "accuracy"}, the share of tokens, classes or pairs that come first."""
-        self.model.eval()
-        loss, accuracy = self.model.loss(*self.arrays(*arrays))
+        loss, accuracy = self.average.loss(*self.arrays(*arrays))
         return {"val_loss": loss, "accuracy": accuracy}
 
     def translate(self, src, beam=4, alpha=0.6):
         """src (B, S) -> B lists of tokens."""
-        self.model.eval()
-        return translate(self.model, *self.arrays(src), beam, alpha, self.config.length)
+        return translate(self.average, *self.arrays(src), beam, alpha, self.config.length)
 
     @torch.no_grad()
     def predict(self, x):
         """x (B, H, W, C) -> numpy (B, n_out): vit: the probabilities of the classes."""
-        self.model.eval()
-        return torch.softmax(self.model(*self.arrays(x)), -1).cpu().numpy()
+        return torch.softmax(self.average(*self.arrays(x)), -1).cpu().numpy()
 
     @torch.no_grad()
     def embed(self, x, ids):
         """clip: x (B, H, W, C), ids (B', S) -> numpy unit vectors (B, n_out), (B', n_out)."""
-        self.model.eval()
         x, ids = self.arrays(x, ids)
-        return self.model.embed_images(x).cpu().numpy(), self.model.embed_texts(ids).cpu().numpy()
+        return self.average.embed_images(x).cpu().numpy(), self.average.embed_texts(ids).cpu().numpy()
 
     @torch.no_grad()
     def attention(self, *arrays):
         """Where the last layer looks, numpy (B, h, T, S): the decoder at the source, or all tokens of a picture."""
-        self.model.eval()
-        side = self.model.decoder if self.config.model == "seq2seq" else self.model.encoder
+        side = self.average.decoder if self.config.model == "seq2seq" else self.average.encoder
         layer = side.blocks[-1].cross if self.config.model == "seq2seq" else side.blocks[-1].attn
         layer.by_hand = True
-        self.model(*self.arrays(*arrays))
+        self.average(*self.arrays(*arrays))
         layer.by_hand = False
         return layer._p.cpu().numpy()
 
@@ -549,6 +570,8 @@ class Trainer:
         arrays = get_weights(self.model)
         arrays |= {f"m.{name}": m.cpu().numpy() for name, m in self.m.items()}
         arrays |= {f"v.{name}": v.cpu().numpy() for name, v in self.v.items()}
+        if self.config.ema:
+            arrays |= {f"average.{name}": a for name, a in get_weights(self.average).items()}
         meta = {"model": "transformer", "config": asdict(self.config), "step": step, **extra}
         with open(f"{path}.part", "wb") as f:
             np.savez(f, meta=json.dumps(meta), **arrays)
@@ -559,8 +582,10 @@ class Trainer:
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
+        if self.config.ema:  # a run without it may go on with it
+            set_weights(self.average, {name: arrays.get(f"average.{name}", arrays[name]) for name in self.m})
+        for kind, moments in (("m", self.m), ("v", self.v)):
+            for name, a in moments.items():
+                moments[name] = torch.from_numpy(checked(arrays, f"{kind}.{name}", a)).to(self.device)
         self.t = meta["step"]
-        for name in self.m:
-            self.m[name] = torch.from_numpy(arrays[f"m.{name}"]).to(self.device)
-            self.v[name] = torch.from_numpy(arrays[f"v.{name}"]).to(self.device)
         return self.t
