@@ -7,7 +7,7 @@
 Tasks: pictures (of the class asked for); inpaint (the same net makes pictures with a hole whole, told their class but
 for --blind); text (pictures of a text, in the latents of an autoencoder); toy (points, whose score is known).
 Figures: accuracy (the share of pictures that a small classifier takes for the class asked for), judge (the share of
-real ones on which it is right), frechet (the distance of Frechet in its features), bits (at most so many for each
+real ones on which it is right), frechet (the Fréchet distance in its features), bits (at most so many for each
 number of a picture whose class is told).
 --data: digits or flowers (synthetic), mnist, cifar10, or your own folder of pictures.
 """

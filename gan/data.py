@@ -376,7 +376,7 @@ class Judge:
 
 
 def frechet(a, b):
-    """The squared distance of Frechet between the normal distributions that fit the rows of a and b (N, n).
+    """The squared Fréchet distance between the normal distributions that fit the rows of a and b (N, n).
 
     |mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances (Dowson and Landau 1982).
     """

@@ -6,7 +6,7 @@
 
 Tasks: pictures; toy (one dimension, where the densities are known, and with them the best discriminator).
 --data: digits or flowers (synthetic), mnist, or your own folder of pictures.
-Figures: value (of the game, V), frechet (the distance of Frechet between 1,000 pictures made and real ones, in the
+Figures: value (of the game, V), frechet (the Fréchet distance between 1,000 pictures made and real ones, in the
 features of a small classifier), and by that classifier least_share (of the class that is made least often), sure (the
 share of pictures made of which it is 90 % sure), judge (the share of real ones on which it is right).
 """
