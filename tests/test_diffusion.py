@@ -1,7 +1,9 @@
 """The mathematics of diffusion/ against closed forms; the samplers where the best guess is known; what it learns."""
 
+import io
 import json
 import math
+import tarfile
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -361,6 +363,27 @@ def test_toy(tmp_path):
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    """Records of a label and the planes red, green and blue become pictures that end in their channels."""
+    rows = np.zeros((6, 100, 3073), np.uint8)
+    rows[..., 0] = np.arange(6)[:, None]
+    rows[..., 1 + 1024 + 32 * 3 + 7] = 200  # green, line 3, column 7
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz", compresslevel=1) as tar:
+        for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            info.size = rows[i].nbytes
+            tar.addfile(info, io.BytesIO(rows[i].tobytes()))
+        info = tarfile.TarInfo("cifar-10-batches-bin/batches.meta.txt")
+        info.size = 9
+        tar.addfile(info, io.BytesIO(b"cat\ndog\n\n"[:9]))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    (x_train, y_train, x_test, y_test), names = data.load_cifar10()
+    assert names == ["cat", "dog"]
+    assert x_train.shape == (500, 32, 32, 3) and x_test.shape == (100, 32, 32, 3)
+    assert (y_train[::100] == range(5)).all() and (y_test == 5).all()
+    assert (x_train[:, 3, 7] == [0, 200, 0]).all() and x_train[0].sum() == 200
 
 
 def test_read_shape():
