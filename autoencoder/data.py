@@ -1,6 +1,6 @@
-"""What there is to learn: a model of pictures, to take away noise, to press pictures into a few bytes.
+"""The tasks: a generative model of images, denoising, compression to a few bytes.
 
-One class a task, all in numpy. A new task is one more class, named in TASKS at the end.
+One class per task, all in numpy. To add a task, write one more class and add it to TASKS at the end.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 
 def fail(message):
-    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
+    """End the run on bad input: one line that says what is wrong and how to fix it, exit code 2."""
     print("train.py:", " ".join(str(message).split())[:1000], file=sys.stderr)
     raise SystemExit(2)
 
@@ -63,7 +63,7 @@ def read_meta(path, model):
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
                 raise ValueError("a part is damaged or compressed")
             meta = json.loads(str(f["meta"]))
-        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        most = max(1 << 20, path.stat().st_size)  # no dimension of a model exceeds its file's size in bytes
         for name, value in meta["config"].items():
             if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
                 raise ValueError(f"its {name} is {value}")
@@ -76,14 +76,14 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} is no checkpoint to go on from ({reason}): train anew without --resume, or name another --out")
+    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
-    """The arguments; and with --resume what the checkpoint remembers, else None.
+    """The arguments and, with --resume, the checkpoint's metadata, else None.
 
-    A flag that is not given is as in the checkpoint, or as defaults() says. A resumed run may not change those of
-    `fixed`; it may change those of `kept`, which a checkpoint remembers, too.
+    A flag that is not given takes its value from the checkpoint, else from defaults(). Checkpoints save the flags of
+    both lists; a resumed run may not change those in `fixed`, but may change those in `kept`.
     """
     given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
     parser.error, parser.formatter_class, saved, known = fail, Help, None, {}
@@ -95,12 +95,12 @@ def parse(parser, model, fixed, kept, defaults):
         known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
     for flag in fixed:
         asked, there = getattr(given, flag.dest), known.get(flag.dest)
-        if None not in (asked, there) and asked != there and flag.dest != "data":  # those are compared by their content
+        if None not in (asked, there) and asked != there and flag.dest != "data":  # data is compared by content
             fail(f"{flag.option_strings[0]} {asked} contradicts {out / 'ckpt.npz'}, which has {there}: leave it out")
     known |= {"data": given.data} if given.data else {}
     parser.set_defaults(out=out, **known)
     parser.set_defaults(**{**defaults(parser.parse_known_args()[0]), **known})
-    parser.add_argument("-h", "--help", action="help", help="show this and end")
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     args = parser.parse_args()
     args.memory = {flag.dest: getattr(args, flag.dest) for flag in fixed + kept}
     if saved:
@@ -109,17 +109,20 @@ def parse(parser, model, fixed, kept, defaults):
 
 
 def claim(args):
-    """Make the folder args.out this run's own until it ends; returns what its first line has to say of that."""
+    """Lock the folder args.out until the run ends; returns a note for the run's first line."""
     if args.rank:
         return ""
     args.out.mkdir(parents=True, exist_ok=True)
     lock, ckpt = args.out / "lock", args.out / "ckpt.npz"
     try:
         if (pid := int(lock.read_text())) != os.getpid():
-            os.kill(pid, 0)  # no signal: it asks whether there is such a process
-            fail(f"{args.out} is in use by process {pid}: wait for its end, or name another --out")
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        lock.unlink(missing_ok=True)  # of a run that was killed
+            os.kill(pid, 0)  # sends no signal, only checks that the process exists
+            fail(f"{args.out} is in use by process {pid}: wait until it ends, or choose another --out")
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # none, or left by a killed run
+    except (OverflowError, ValueError):
+        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+    lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
     atexit.register(lock.unlink, missing_ok=True)
@@ -129,7 +132,7 @@ def claim(args):
 
 
 def record(out, row, first):
-    """Append {figure: number} to OUT/log.jsonl, or begin it anew, and draw what is in it as OUT/curve.png."""
+    """Append {figure: number} to OUT/log.jsonl, or start a new log, and plot the log in OUT/curve.png."""
     log, names = out / "log.jsonl", [name for name in row if "step" not in name]
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
@@ -140,13 +143,13 @@ def record(out, row, first):
     for i, name in enumerate(names):
         x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
-        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
+        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, lowest {y.min():.4g}", (60, 60, 60), font)
         draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
 def digest(*arrays):
-    """A hash of what is learned from: by it a checkpoint knows its data, whatever their file is called."""
+    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -176,27 +179,27 @@ def fetch(file, md5, *urls):
 
 
 class Task:
-    """What train.py asks of a task. To add your own, write a class like those below and name it in TASKS.
+    """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Beside what stands here: batch(step), the arrays of Trainer.step, drawn from (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on data held out, for a log line of a part of them.
+    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
+    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
     """
 
-    config, extra, about = {}, {}, ""  # its part of the model's Config; what a checkpoint must know of it; a line
-    tokens = 0  # of a step, where tokens are counted
+    config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
+    tokens = 0  # per step, where tokens are counted
 
     def trainer(self, net, config):
-        """The Trainer that learns it."""
+        """The Trainer for this task."""
         return net.Trainer(config, seed=self.args.seed, device=self.args.device)
 
     def report(self, trainer):
-        """At the end: more figures, and the names of the files that it wrote to args.out."""
+        """At the end: more figures, and the names of the files written to args.out."""
         return {}, []
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
-IDX = {  # the two homes of a set, and the MD5 sums of its four files
+IDX = {  # two addresses of a dataset, and the MD5 sums of its four files
     "mnist": (
         "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
@@ -206,7 +209,7 @@ IDX = {  # the two homes of a set, and the MD5 sums of its four files
 
 
 def load_idx(name):
-    """A set of IDX: images (N, 28, 28) uint8 and labels (N,) of the training part, then of the test part."""
+    """A dataset of IDX: images (N, 28, 28) uint8 and labels (N,) of the training set, then of the test set."""
     homes, sums, arrays = *map(str.split, IDX[name]), []
     for stem, md5 in zip(("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"), sums):
         path = fetch(f"{name}/{stem}-ubyte.gz", md5, *(f"{home}/{stem}-ubyte.gz" for home in homes))
@@ -220,7 +223,7 @@ def load_idx(name):
 
 
 def make_digits(n, seed):
-    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); each has its own stroke, size, turn, shear and shift."""
+    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, turn, shear and shift are random."""
     rng = np.random.default_rng((seed, 28))
     font, glyphs = ImageFont.load_default(60), {}
     for digit in range(10):
@@ -243,23 +246,23 @@ def make_digits(n, seed):
 
 
 def make_flowers(n, size, seed):
-    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 4 ... 9; each has its colour, shape and place."""
+    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 4 ... 9; colour, shape and place are random."""
     rng = np.random.default_rng((seed, 32))
     tints = np.array([(245, 240, 235), (250, 200, 40), (235, 70, 60), (245, 130, 175), (150, 90, 210), (70, 110, 230)])
     petals, tint = rng.integers(4, 10, n), tints[rng.integers(0, 6, n)] + rng.normal(0, 12, (n, 3))
     radius, inner, turn = rng.uniform(0.55, 0.95, n), rng.uniform(0.4, 0.75, n), rng.uniform(0, 2 * np.pi, n)
     shape, place, light = rng.uniform(0.4, 1.1, n), rng.normal(0, 0.08, (n, 2)), rng.uniform(0.7, 1.15, n)
     axis, images = (np.arange(size) * 2 + 1) / size - 1, np.empty((n, size, size, 3), np.uint8)
-    grass = np.array([46, 98, 52]) * (1 - 0.35 * axis[:, None, None]) * np.ones((size, 1))  # lighter above
+    grass = np.array([46, 98, 52]) * (1 - 0.35 * axis[:, None, None]) * np.ones((size, 1))  # lighter at the top
     for i in range(n):
         x, y = axis - place[i, 0], axis[:, None] - place[i, 1]
         r, angle, image = np.hypot(x, y), np.arctan2(y, x) + turn[i], light[i] * grass
-        layers = []  # each with its colour, its brightness and its edge, a radius
-        for scale, shift, shade in ((1, 0, 0.85), (inner[i], np.pi, 1.05)):  # a wreath, and a smaller one before it
+        layers = []  # of each the colour, the brightness and the radius of its edge
+        for scale, shift, shade in ((1, 0, 0.85), (inner[i], np.pi, 1.05)):  # a ring of petals, a smaller one in front
             bump = np.abs(np.cos((petals[i] * angle + shift) / 2)) ** shape[i]  # 1 along a petal, 0 between two
             edge = scale * radius[i] * (0.35 + 0.65 * bump)
             layers.append((tint[i], shade * (0.55 + 0.45 * bump * np.minimum(r / edge, 1)), edge))
-        layers.append((np.array([225, 165, 40]), 1.15 - 2.7 * r / radius[i], 0.22 * radius[i]))  # the heart
+        layers.append((np.array([225, 165, 40]), 1.15 - 2.7 * r / radius[i], 0.22 * radius[i]))  # the centre
         for colour, brightness, edge in layers:
             cover = ((edge - r) * size / 2 + 0.5).clip(0, 1)[:, :, None]  # edges are soft, a pixel wide
             image += (brightness[:, :, None] * colour - image) * cover
@@ -267,9 +270,21 @@ def make_flowers(n, size, seed):
     return images, petals
 
 
+def count_petals(image):
+    """How many petals a flower (size, size, 3) uint8 shows: the number of bulges in its outline around its centre."""
+    red, green, blue = np.moveaxis(np.float32(image) + 1, -1, 0)
+    flower = (3 * np.maximum(red, blue) / green - 1.6).clip(0, 1)  # grass is green, petals are not
+    y, x = (axis - (axis * flower).sum() / max(flower.sum(), 1) for axis in np.indices(flower.shape))
+    far = (flower * np.hypot(y, x)).ravel()  # pixels further out count for more
+    k, turn = np.arange(3, 14), np.arange(360) * np.pi / 180
+    waves = np.exp(1j * np.outer(k, np.arctan2(y, x))) @ far  # 3 to 13 waves around the outline
+    out = (np.exp(-1j * np.outer(turn, k)) @ waves).real > 0.05 * far.sum()  # a disc has no bulges
+    return int((out & ~np.roll(out, 1)).sum())
+
+
 def open_image(path):
-    """An image file as an RGB image, the right way up, on white where it is transparent; else one line and the end."""
-    Image.MAX_IMAGE_PIXELS = 25_000_000  # of twice as many, which take 1 GB and more, Pillow makes an error
+    """Open an image file as RGB, upright, on white where it is transparent; ends the run if it can't be read."""
+    Image.MAX_IMAGE_PIXELS = 25_000_000  # above twice as many, which take 1 GB, Pillow raises an error
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -282,15 +297,15 @@ def open_image(path):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # Pillow has many words for a file that is broken
-        fail(f"{path} is no picture that can be read ({error}): take it away, or name a PNG or JPEG file")
+    except Exception as error:  # Pillow raises errors of many kinds for broken files
+        fail(f"{path} is no picture that can be read ({error}): remove it, or name a PNG or JPEG file")
 
 
 def read_folder(folder, size):
-    """The pictures of a folder, cut to squares of `size`: all but every tenth, numbers for labels; then the others."""
+    """The images of a folder, cropped to squares of `size`, numbered as labels; then every tenth, which is held out."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
     if len(files) < 2:
-        fail(f"--data {folder} is neither one of the sets that --help names nor a folder of 2 pictures or more")
+        fail(f"--data {folder} is neither one of the datasets in --help nor a folder of 2 images or more")
     images = np.stack([np.asarray(ImageOps.fit(open_image(file), (size, size))) for file in files])
     number, every = np.arange(len(files)), min(10, len(files))
     held = number % every == every - 1
@@ -306,22 +321,22 @@ def pixels(x):
 
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio of whole sets of pictures, in dB: -10 log10 of the mean squared error."""
-    return -10 * math.log10(max(np.square(x - y, dtype=np.float64).mean(), 1e-12))  # of equal ones 120
+    """Peak signal-to-noise ratio over whole sets of images, in dB: -10 log10 of the mean squared error."""
+    return -10 * math.log10(max(np.square(x - y, dtype=np.float64).mean(), 1e-12))  # 120 for equal ones
 
 
 def in_parts(function, x, n=1000):
-    """function(x) for n rows of x at a time, so that a large set needs no large memory."""
+    """function(x) for n rows of x at a time, to save memory."""
     return np.concatenate([function(x[i : i + n]) for i in range(0, len(x), n)])
 
 
 def spoil(x, noise, rng):
-    """x with normal noise of that standard deviation, and still a picture: cut off at 0 and 1."""
+    """x plus normal noise of this standard deviation, clipped to [0, 1]."""
     return (x + np.float32(noise) * rng.standard_normal(x.shape, np.float32)).clip(0, 1)
 
 
 def jitter(images, amount, rng):
-    """Each picture (N, H, W, C) uint8 turned, stretched and sheared by about that share, and shifted a little."""
+    """Each image (N, H, W, C) uint8 rotated, stretched and sheared by about this amount, and shifted a little."""
     N, H, W, C = images.shape
     matrix, middle = np.eye(2) + rng.normal(0, amount, (N, 2, 2)), np.array([W / 2, H / 2])
     rows = np.dstack([matrix, middle - matrix @ middle + rng.uniform(-0.5, 0.5, (N, 2))]).reshape(N, 6)
@@ -331,7 +346,7 @@ def jitter(images, amount, rng):
 
 
 def median(x):
-    """Pillow's median filter, 3x3, for each of the pictures (N, H, W, C)."""
+    """Pillow's median filter, 3x3, for each of the images (N, H, W, C)."""
     answers = [Image.fromarray(image.squeeze()).filter(ImageFilter.MedianFilter(3)) for image in pixels(x)]
     return floats(np.stack(answers)).reshape(x.shape)
 
@@ -340,14 +355,14 @@ def median(x):
 
 
 def pack(mu, sigma):
-    """Latents (N, latent) as bytes. Each dimension is rounded in steps of its own, sqrt(12) sigma (latent,) wide.
+    """Latents (N, latent) as bytes. Each dimension is rounded in its own steps, sqrt(12) sigma (latent,) wide.
 
-    Rounding to such steps errs by sigma in the root mean square, as far as the noise that the decoder learnt to bear.
-    A dimension that says nothing of x has mu near 0 and sigma near 1: all its numbers round to 0, and cost nothing.
+    The rounding error then has a root mean square of sigma, like the noise that the decoder was trained with.
+    A dimension that says nothing about x has mu near 0 and sigma near 1: all its numbers round to 0 and cost nothing.
     """
     step = (math.sqrt(12) * sigma).astype("<f4")
     codes = np.rint(mu / step).clip(-127, 127).astype(np.int8)
-    return step.tobytes() + lzma.compress(codes.T.tobytes())  # by dimension: each has frequencies of its own
+    return step.tobytes() + lzma.compress(codes.T.tobytes())  # by dimension: each has its own frequencies
 
 
 def unpack(data, latent):
@@ -357,9 +372,9 @@ def unpack(data, latent):
 
 
 def rival(form, x, size):
-    """The pictures x after JPEG or WebP, at the lowest quality that takes `size` bytes or more; and those bytes.
+    """The images x after JPEG or WebP, at the lowest quality that takes `size` bytes or more; and how many it takes.
 
-    All of them go into one file, as one sheet, so that its header counts once and not for each picture.
+    They all go into one file, as one sheet, so that the header counts once and not for each image.
     """
     N, H, W, C = x.shape
     columns = math.isqrt(N - 1) + 1
@@ -374,13 +389,13 @@ def rival(form, x, size):
     return floats(answer.reshape(-1, H, W, C)[:N]), best.tell()
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- plots -----------------------------------------------------------------------------------------------------------
 
 PAPER = 250
 
 
 def tile(x, columns, gap=0):
-    """Pictures (N, H, W, C) in rows of `columns` as one sheet (rows (H + gap), columns (W + gap), C) uint8."""
+    """Images (N, H, W, C), `columns` in a row, as one sheet (rows (H + gap), columns (W + gap), C) uint8."""
     N, H, W, C = x.shape
     sheet = np.full((-(-N // columns), columns, H + gap, W + gap, C), PAPER if gap else 0, np.uint8)
     sheet.reshape(-1, H + gap, W + gap, C)[:N, :H, :W] = pixels(x)
@@ -388,7 +403,7 @@ def tile(x, columns, gap=0):
 
 
 def draw_rows(parts, columns=12):
-    """Pictures in rows under captions: {caption: pictures (N, H, W, C)}."""
+    """Rows of images under captions: {caption: images (N, H, W, C)}."""
     scale = max(1, round(60 / next(iter(parts.values())).shape[1]))
     sheets = [tile(x.repeat(scale, 1).repeat(scale, 2), columns, gap=2) for x in parts.values()]
     image = Image.new("RGB", (sheets[0].shape[1] + 10, sum(len(sheet) + 28 for sheet in sheets) + 6), (PAPER,) * 3)
@@ -404,7 +419,7 @@ def draw_rows(parts, columns=12):
 
 
 class Pictures(Task):
-    """What the tasks share: the pictures, and that each is to come out as it is."""
+    """What the tasks share: the images, each of which should come out unchanged."""
 
     model = "vae"
 
@@ -413,27 +428,30 @@ class Pictures(Task):
         self.train, self.test, self.labels = self.load()
         H, W, C = self.train.shape[1:]
         if args.net == "conv" and (H % 2 ** len(args.hidden) or W % 2 ** len(args.hidden)):
-            fail(f"--hidden of conv halves {H} x {W} pictures {len(args.hidden)} times: name fewer")
+            fail(f"--hidden of conv halves {H} x {W} images {len(args.hidden)} times: use fewer")
         self.config = dict(image=[H, W, C], model=self.model)
         self.extra = dict(digest=digest(self.train))
-        self.about = f"{args.data}: {len(self.train):,} pictures to train on, {len(self.test):,} held out"
+        self.about = f"{args.data}: {len(self.train):,} images to train on, {len(self.test):,} held out"
 
     def load(self):
-        """Pictures to train on (N, H, W, C) uint8, held-out ones float32, and the labels of these."""
+        """Images to train on (N, H, W, C) uint8, held-out ones float32, and the labels of the latter."""
         args, parts = self.args, ((self.args.count, self.args.seed), (self.args.count // 5, self.args.seed + 1))
         if args.data == "digits":
             (train, _), (test, labels) = (make_digits(n, seed) for n, seed in parts)
         elif args.data == "flowers":
             (train, _), (test, labels) = (make_flowers(n, args.size, seed) for n, seed in parts)
         elif args.data in IDX:
-            train, _, test, labels = load_idx(args.data)
+            train, y, test, labels = load_idx(args.data)
+            sizes = train.shape[1:] == test.shape[1:] == (28, 28) and len(train) == len(y) and len(test) == len(labels)
+            if not (sizes and len(y) and len(labels) and max(y.max(), labels.max()) < 10):
+                fail(f"the files of --data {args.data} do not fit together: delete them, and they are downloaded again")
         else:
             train, _, test, labels = read_folder(args.data, args.size)
         channels = train.shape[3:] or (1,)
         return train.reshape(*train.shape[:3], *channels), floats(test).reshape(*test.shape[:3], *channels), labels
 
     def given(self, y, rng):
-        """What goes in where y should come out."""
+        """The input for the target y."""
         return y
 
     def arrays(self, y, rng):
@@ -444,7 +462,7 @@ class Pictures(Task):
     def batch(self, step):
         args, rng = self.args, np.random.default_rng((self.args.seed, step, 1))
         images = self.train[rng.integers(0, len(self.train), args.batch_size)]
-        if args.jitter and step < 0.8 * args.steps:  # it blurs a little: the last steps see the pictures as they are
+        if args.jitter and step < 0.8 * args.steps:  # it blurs a little: the last steps see the original images
             images = jitter(images, args.jitter, rng)
         return self.arrays(floats(images), rng)
 
@@ -461,27 +479,37 @@ class Pictures(Task):
 
 
 class Generate(Pictures):
-    """A model of the pictures, which makes others like them."""
+    """A generative model of the images."""
 
     def show(self, trainer):
-        """Reconstructions, samples of the prior, walks from one picture to another; with two latents also their map."""
+        """Reconstructions, samples, walks from one picture to another; with two latents also their map.
+
+        The KL pulls the pictures' z towards N(0, I), but only slowly where the pixels weigh much more. So samples come
+        from the normal distribution fitted to these z (Ghosh et al. 2020), which is N(0, I) once the KL has its way.
+        """
         test, n = self.test, self.args.latent
-        first = np.unique(self.labels, return_index=True)[1][:5]  # one of each label
-        mu, share = trainer.encode(test[first])[0], np.linspace(0, 1, 12, dtype=np.float32)[:, None]
+        first = np.unique(self.labels, return_index=True)[1][:5]  # one of each label; or else training pictures
+        ends = np.concatenate([test[first], floats(self.train[:5])])[:5]
+        mu, share = trainer.encode(ends)[0], np.linspace(0, 1, 12, dtype=np.float32)[:, None]
         walks = np.concatenate([a + share * (b - a) for a, b in zip(mu, mu[1:])])
-        prior = np.random.default_rng((self.args.seed, 3)).standard_normal((48, n), np.float32)
-        parts = {"held-out pictures": test[:12], "and their reconstructions": trainer.reconstruct(test[:12])}
-        parts["samples of the prior, z ~ N(0, I)"] = trainer.decode(prior)
-        parts["walks between two z"] = trainer.decode(walks)
+        seen, sigma = trainer.encode(floats(self.train[:2000]))
+        cov = np.cov(seen.T, bias=True) + np.diag((sigma**2).mean(0))
+        z = np.random.default_rng((self.args.seed, 3)).multivariate_normal(seen.mean(0), cov, 48, method="cholesky")
+        parts = {"held-out images": test[:12], "and their reconstructions": trainer.reconstruct(test[:12])}
+        parts["samples: z from the normal distribution fitted to the pictures' z"] = trainer.decode(np.float32(z))
+        parts["interpolations between two z"] = trainer.decode(walks)
         if n == 2:
             line = np.linspace(-2.2, 2.2, 12, dtype=np.float32)
             plane = np.stack(np.meshgrid(line, -line), -1).reshape(-1, 2)
             parts["map of the plane of z: both numbers from -2.2 to 2.2"] = trainer.decode(plane)
-        return {}, parts
+        if self.args.data != "flowers":
+            return {}, parts
+        x = pixels(trainer.reconstruct(test[:1000]))
+        return {"petals": np.mean([count_petals(image) == n for image, n in zip(x, self.labels)])}, parts
 
 
 class Denoise(Pictures):
-    """The clean picture from a noisy one."""
+    """The clean image from a noisy one."""
 
     model = "ae"
 
@@ -489,7 +517,7 @@ class Denoise(Pictures):
         return spoil(y, self.args.noise, rng)
 
     def show(self, trainer):
-        """Every held-out picture with noise, and without: PSNR before and after, and of the median filter."""
+        """Denoise all held-out images: PSNR before and after, and of the median filter."""
         test, noisy = self.test, spoil(self.test, self.args.noise, np.random.default_rng((self.args.seed, 4)))
         answers = {"psnr_noisy": ("with noise", noisy), "psnr_median": ("after a median filter", median(noisy))}
         answers["psnr"] = "denoised", in_parts(trainer.reconstruct, noisy)
@@ -499,20 +527,20 @@ class Denoise(Pictures):
 
 
 class Compress(Pictures):
-    """Pictures to a few bytes: all held-out ones to OUT/test.codes and back. The decoder's bytes are not counted."""
+    """Images to a few bytes: all held-out ones to OUT/test.codes and back. The decoder's bytes are not counted."""
 
     def show(self, trainer):
-        """Bytes a picture and PSNR; JPEG and WebP get as many bytes or more."""
+        """Bytes per image and PSNR; JPEG and WebP get as many bytes or more."""
         test, file = self.test, self.args.out / "test.codes"
         sigma = trainer.encode(floats(self.train[:1000]))[1]
         file.write_bytes(pack(in_parts(lambda x: trainer.encode(x)[0], test), np.sqrt((sigma**2).mean(0))))
         data = file.read_bytes()
         answers = {"": ("latents", in_parts(trainer.decode, unpack(data, self.args.latent)), len(data))}
         answers |= {f"_{form.lower()}": (form, *rival(form, test, len(data))) for form in ("JPEG", "WebP")}
-        figures, parts = {}, {"held-out pictures": test[:24]}
+        figures, parts = {}, {"held-out images": test[:24]}
         for end, (caption, y, size) in answers.items():
             figures |= {f"bytes{end}": round(size / len(test), 2), f"psnr{end}": psnr(y, test)}
-            parts[f"{caption}: {size / len(test):.1f} bytes a picture, {figures[f'psnr{end}']:.1f} dB"] = y[:24]
+            parts[f"{caption}: {size / len(test):.1f} bytes per image, {figures[f'psnr{end}']:.1f} dB"] = y[:24]
         return figures, parts
 
     def report(self, trainer):

@@ -1,25 +1,25 @@
 """Autoencoder and variational autoencoder (VAE) in MLX.
 
-    Autoencoder    x (B, H, W, C) -> encoder -> z (B, latent) -> decoder -> s (B, H, W, C), picture sigmoid(s)
+    Autoencoder    x (B, H, W, C) -> encoder -> z (B, latent) -> decoder -> s (B, H, W, C), image sigmoid(s)
     VAE            x -> encoder -> mu, logvar (B, latent) -> z = mu + sigma eps, eps ~ N(0, I) -> decoder -> s
 
-An autoencoder presses x through a few numbers z and out again. Fed a spoilt x and asked for the clean y, it denoises.
+An autoencoder squeezes x through a few numbers z and back. Trained on noisy x with clean targets y, it denoises.
 
-A VAE is a model of pictures: z ~ N(0, I), then x ~ p(x|z), which is one of
+A VAE is a model of images: z ~ N(0, I), then x ~ p(x|z), which is one of
     bernoulli    log p(x|z) = sum over pixels of x log sigmoid(s) + (1 - x) log(1 - sigmoid(s))
     gaussian     log p(x|z) = sum over pixels of -(x - sigmoid(s))^2 / (2 std^2) - log(std sqrt(2 pi))
-A grey x under bernoulli stands for all the pictures of black and white in which each pixel is white with probability x:
-the figure is the mean of theirs. So the bound below is one for these pictures, looked at through their grey mean.
+A grey x under bernoulli stands for all black-and-white images in which each pixel is white with probability x: log p is
+the mean of theirs. So the bound below is one for these images, seen through their grey mean.
 
-log p(x) is an integral over all z. The encoder's q(z|x) = N(mu, sigma^2), sigma^2 = e^logvar, looks where z matters;
-the logarithm is concave (Jensen), so that a mean of logarithms bounds it from below, the evidence lower bound (ELBO):
+log p(x) is an integral over all z. The encoder's q(z|x) = N(mu, sigma^2), sigma^2 = e^logvar, covers the z that matter;
+the logarithm is concave (Jensen), so a mean of logarithms is a lower bound, the evidence lower bound (ELBO):
     log p(x) = log E_q[p(x|z) p(z) / q(z|x)]  >=  E_q[log p(x|z)] - KL,    KL = E_q[log q(z|x) - log p(z)]
 One sample z = mu + sigma eps estimates the first term; as eps is data, gradients pass through z to mu and sigma.
 The KL needs no sample: in each dimension, with E[eps] = 0 and E[eps^2] = 1,
     log q(z|x) = -log sqrt(2 pi) - log sigma - eps^2 / 2        log p(z) = -log sqrt(2 pi) - (mu + sigma eps)^2 / 2
     KL         = E[-log sigma - eps^2 / 2 + (mu + sigma eps)^2 / 2]  =  (mu^2 + sigma^2 - 1 - log sigma^2) / 2
-The loss is -E_q[log p(x|z)] + beta KL in nats an image, with beta = 1 the negative ELBO. The KL is also the price of z:
-a code for it is about KL / log 2 bits long, and a larger beta buys shorter ones at the expense of the picture.
+The loss is -E_q[log p(x|z)] + beta KL in nats per image, the negative ELBO if beta = 1. The KL is also the cost of z:
+a code for it is about KL / log 2 bits long, and a larger beta gives shorter codes but worse images.
 
 Hinton and Salakhutdinov 2006, "Reducing the dimensionality of data with neural networks"; Kingma and Welling 2014,
 "Auto-encoding variational Bayes"; Higgins et al. 2017, "beta-VAE"; Vincent et al. 2008, on denoising.
@@ -30,7 +30,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # full float32 on CUDA and Apple M5 too; read on import
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -107,7 +107,7 @@ class ConvEncoder(nn.Module):
         """x (B, H, W, C) -> (B, n_out)"""
         for layer in self.layers:
             x = nn.silu(layer(x))
-        return self.out(x.transpose(0, 3, 1, 2).flatten(1))  # in torch's order, for one and the same self.out
+        return self.out(x.transpose(0, 3, 1, 2).flatten(1))  # in torch's order, so that self.out is the same
 
 
 class ConvDecoder(nn.Module):
@@ -139,7 +139,7 @@ class Autoencoder(nn.Module):
             self.encoder, self.decoder = LinearEncoder(config, n_out), LinearDecoder(config)
 
     def __call__(self, x, eps):
-        """x (B, H, W, C) -> s (B, H, W, C), and the KL (B,) of z, which is 0. eps is the VAE's."""
+        """x (B, H, W, C) -> s (B, H, W, C), and the KL (B,) of z, which is 0. eps is unused."""
         return self.decoder(self.encoder(x)), mx.zeros(len(x))
 
 
@@ -175,13 +175,13 @@ def loss_fn(model, x, y, eps):
 
 
 def to_numpy(model, arrays):
-    """What there is for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), torch's way."""
+    """One array for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), as in torch."""
     convs = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
     return {name: np.array(a.transpose(0, 3, 1, 2) if name in convs else a) for name, a in arrays.items()}
 
 
 def from_numpy(model, arrays):
-    """The way back. Raises ValueError where an array is missing or has not the shape of its parameter."""
+    """The inverse. Raises ValueError if an array is missing or does not have the shape of its parameter."""
     if missing := [name for name, _ in tree_flatten(model.parameters()) if name not in arrays]:
         raise ValueError(f"{missing[0]} is missing")
     convs = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
@@ -198,12 +198,12 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Put {name: numpy array} in place of the model's parameters."""
+    """Replace the model's parameters by {name: numpy array}."""
     model.update(tree_unflatten(list(from_numpy(model, weights).items())))
 
 
 def init_weights(model, seed):
-    """Biases 0; weights N(0, 2/n_in), n_in inputs an output (He et al. 2015), a tenth of it for mu and logvar."""
+    """Biases 0; weights N(0, 2/n_in), n_in inputs per output (He et al. 2015), a tenth of it for mu and logvar."""
     rng, weights = np.random.default_rng(seed), get_weights(model)
     for name, w in sorted(weights.items()):
         if name.endswith("weight"):
@@ -223,7 +223,7 @@ class Trainer:
     """A model and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
 
     def __init__(self, config, seed=0, device=None):
-        self.config, self.device, self.t = config, device or devices()[0], 0
+        self.config, self.device = config, device or devices()[0]
         mx.set_default_device(getattr(mx, self.device))
         self.model = (VAE if config.model == "vae" else Autoencoder)(config)
         init_weights(self.model, seed)
@@ -235,9 +235,8 @@ class Trainer:
         return [mx.array(a) for a in arrays]
 
     def step(self, x, y, eps, lr):
-        """One update, x to y (B, H, W, C) float32 in [0, 1], eps (B, latent); {"loss"} before it, nats an image."""
+        """One update, x to y (B, H, W, C) float32 in [0, 1], eps (B, latent); {"loss"} before it, in nats per image."""
         x, y, eps = self.arrays(x, y, eps)
-        self.t += 1
         self.optimizer.learning_rate = lr
 
         def total(x, y, eps):
@@ -246,11 +245,11 @@ class Trainer:
 
         loss, grads = nn.value_and_grad(self.model, total)(x, y, eps)
         self.optimizer.update(self.model, grads)
-        mx.eval(loss, self.model.parameters(), self.optimizer.state)  # MLX is lazy: here the step is computed
+        mx.eval(loss, self.model.parameters(), self.optimizer.state)  # MLX is lazy: the step is computed here
         return {"loss": loss}
 
     def evaluate(self, x, y, eps):
-        """{"nelbo", "kl"} or, without a KL, {"val_loss"}: nats an image, for x, y (B, H, W, C), eps (B, latent)."""
+        """{"nelbo", "kl"} or, without a KL, {"val_loss"}: nats per image, for x, y (B, H, W, C), eps (B, latent)."""
         nll, kl = loss_fn(self.model, *self.arrays(x, y, eps))
         return {"nelbo": nll + kl, "kl": kl} if self.config.model == "vae" else {"val_loss": nll}
 
@@ -263,15 +262,15 @@ class Trainer:
         return np.array(mu), np.array(mx.exp(logvar / 2))
 
     def decode(self, z):
-        """z (B, latent) float32 -> pictures, numpy (B, H, W, C) in [0, 1]."""
+        """z (B, latent) float32 -> images, numpy (B, H, W, C) in [0, 1]."""
         return np.array(mx.sigmoid(self.model.decoder(*self.arrays(z))))
 
     def reconstruct(self, x):
-        """x (B, H, W, C) -> the pictures that its mu stands for."""
+        """x (B, H, W, C) -> the images decoded from its mu."""
         return self.decode(self.encode(x)[0])
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
         arrays, state = get_weights(self.model), dict(tree_flatten(self.optimizer.state))
         for kind in ("m", "v"):
             moments = {name: state[f"{name}.{kind}"] for name, _ in tree_flatten(self.model.parameters())}
@@ -282,14 +281,13 @@ class Trainer:
         os.replace(f"{path}.part", path)
 
     def load(self, path):
-        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        """Load what save wrote, in either framework; returns the step to continue from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
-        self.t = meta["step"]
-        state = {"step": mx.array(self.t, mx.uint64), "learning_rate": self.optimizer.state["learning_rate"]}
+        state = {"step": mx.array(meta["step"], mx.uint64), "learning_rate": self.optimizer.state["learning_rate"]}
         for kind in ("m", "v"):
             moments = {name[2:]: a for name, a in arrays.items() if name[:2] == f"{kind}."}
             state |= {f"{name}.{kind}": a for name, a in from_numpy(self.model, moments).items()}
         self.optimizer.state = tree_unflatten(list(state.items()))
-        return self.t
+        return meta["step"]

@@ -1,25 +1,25 @@
 """Autoencoder and variational autoencoder (VAE) in PyTorch.
 
-    Autoencoder    x (B, H, W, C) -> encoder -> z (B, latent) -> decoder -> s (B, H, W, C), picture sigmoid(s)
+    Autoencoder    x (B, H, W, C) -> encoder -> z (B, latent) -> decoder -> s (B, H, W, C), image sigmoid(s)
     VAE            x -> encoder -> mu, logvar (B, latent) -> z = mu + sigma eps, eps ~ N(0, I) -> decoder -> s
 
-An autoencoder presses x through a few numbers z and out again. Fed a spoilt x and asked for the clean y, it denoises.
+An autoencoder squeezes x through a few numbers z and back. Trained on noisy x with clean targets y, it denoises.
 
-A VAE is a model of pictures: z ~ N(0, I), then x ~ p(x|z), which is one of
+A VAE is a model of images: z ~ N(0, I), then x ~ p(x|z), which is one of
     bernoulli    log p(x|z) = sum over pixels of x log sigmoid(s) + (1 - x) log(1 - sigmoid(s))
     gaussian     log p(x|z) = sum over pixels of -(x - sigmoid(s))^2 / (2 std^2) - log(std sqrt(2 pi))
-A grey x under bernoulli stands for all the pictures of black and white in which each pixel is white with probability x:
-the figure is the mean of theirs. So the bound below is one for these pictures, looked at through their grey mean.
+A grey x under bernoulli stands for all black-and-white images in which each pixel is white with probability x: log p is
+the mean of theirs. So the bound below is one for these images, seen through their grey mean.
 
-log p(x) is an integral over all z. The encoder's q(z|x) = N(mu, sigma^2), sigma^2 = e^logvar, looks where z matters;
-the logarithm is concave (Jensen), so that a mean of logarithms bounds it from below, the evidence lower bound (ELBO):
+log p(x) is an integral over all z. The encoder's q(z|x) = N(mu, sigma^2), sigma^2 = e^logvar, covers the z that matter;
+the logarithm is concave (Jensen), so a mean of logarithms is a lower bound, the evidence lower bound (ELBO):
     log p(x) = log E_q[p(x|z) p(z) / q(z|x)]  >=  E_q[log p(x|z)] - KL,    KL = E_q[log q(z|x) - log p(z)]
 One sample z = mu + sigma eps estimates the first term; as eps is data, gradients pass through z to mu and sigma.
 The KL needs no sample: in each dimension, with E[eps] = 0 and E[eps^2] = 1,
     log q(z|x) = -log sqrt(2 pi) - log sigma - eps^2 / 2        log p(z) = -log sqrt(2 pi) - (mu + sigma eps)^2 / 2
     KL         = E[-log sigma - eps^2 / 2 + (mu + sigma eps)^2 / 2]  =  (mu^2 + sigma^2 - 1 - log sigma^2) / 2
-The loss is -E_q[log p(x|z)] + beta KL in nats an image, with beta = 1 the negative ELBO. The KL is also the price of z:
-a code for it is about KL / log 2 bits long, and a larger beta buys shorter ones at the expense of the picture.
+The loss is -E_q[log p(x|z)] + beta KL in nats per image, the negative ELBO if beta = 1. The KL is also the cost of z:
+a code for it is about KL / log 2 bits long, and a larger beta gives shorter codes but worse images.
 
 Hinton and Salakhutdinov 2006, "Reducing the dimensionality of data with neural networks"; Kingma and Welling 2014,
 "Auto-encoding variational Bayes"; Higgins et al. 2017, "beta-VAE"; Vincent et al. 2008, on denoising.
@@ -35,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+torch.backends.cudnn.allow_tf32 = False  # full float32, for convolutions on CUDA too
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Down(nn.Conv2d):
         super().__init__(n, m, 4, stride=2, padding=1)
 
     def forward(self, x):
-        return super().forward(x)  # on a CPU MLX does so slowly, and takes another way: see there
+        return super().forward(x)  # slow in MLX on a CPU, which does it differently: see there
 
 
 class ConvEncoder(nn.Module):
@@ -134,7 +134,7 @@ class Autoencoder(nn.Module):
             self.encoder, self.decoder = LinearEncoder(config, n_out), LinearDecoder(config)
 
     def forward(self, x, eps):
-        """x (B, H, W, C) -> s (B, H, W, C), and the KL (B,) of z, which is 0. eps is the VAE's."""
+        """x (B, H, W, C) -> s (B, H, W, C), and the KL (B,) of z, which is 0. eps is unused."""
         return self.decoder(self.encoder(x)), torch.zeros(len(x), device=x.device)
 
 
@@ -170,12 +170,12 @@ def loss_fn(model, x, y, eps):
 
 
 def to_numpy(model, arrays):
-    """What there is for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), torch's way."""
+    """One array for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), as in torch."""
     return {name: a.detach().cpu().numpy().copy() for name, a in arrays.items()}
 
 
 def from_numpy(model, arrays):
-    """The way back. Raises ValueError where an array is missing or has not the shape of its parameter."""
+    """The inverse. Raises ValueError if an array is missing or does not have the shape of its parameter."""
     if missing := [name for name, _ in model.named_parameters() if name not in arrays]:
         raise ValueError(f"{missing[0]} is missing")
     for name, p in model.named_parameters():
@@ -190,12 +190,12 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Put {name: numpy array} in place of the model's parameters."""
+    """Replace the model's parameters by {name: numpy array}."""
     model.load_state_dict(from_numpy(model, weights))
 
 
 def init_weights(model, seed):
-    """Biases 0; weights N(0, 2/n_in), n_in inputs an output (He et al. 2015), a tenth of it for mu and logvar."""
+    """Biases 0; weights N(0, 2/n_in), n_in inputs per output (He et al. 2015), a tenth of it for mu and logvar."""
     rng, weights = np.random.default_rng(seed), get_weights(model)
     for name, w in sorted(weights.items()):
         if name.endswith("weight"):
@@ -216,7 +216,7 @@ class Trainer:
     """A model and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
 
     def __init__(self, config, seed=0, device=None):
-        self.config, self.device, self.t = config, device or devices()[0], 0
+        self.config, self.device = config, device or devices()[0]
         self.model = (VAE if config.model == "vae" else Autoencoder)(config).to(self.device)
         init_weights(self.model, seed)
         params = list(self.model.parameters())
@@ -230,9 +230,8 @@ class Trainer:
         return [torch.from_numpy(a).to(self.device) for a in arrays]
 
     def step(self, x, y, eps, lr):
-        """One update, x to y (B, H, W, C) float32 in [0, 1], eps (B, latent); {"loss"} before it, nats an image."""
+        """One update, x to y (B, H, W, C) float32 in [0, 1], eps (B, latent); {"loss"} before it, in nats per image."""
         x, y, eps = self.arrays(x, y, eps)
-        self.t += 1
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad()
         nll, kl = loss_fn(self.model, x, y, eps)
@@ -243,7 +242,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, x, y, eps):
-        """{"nelbo", "kl"} or, without a KL, {"val_loss"}: nats an image, for x, y (B, H, W, C), eps (B, latent)."""
+        """{"nelbo", "kl"} or, without a KL, {"val_loss"}: nats per image, for x, y (B, H, W, C), eps (B, latent)."""
         nll, kl = loss_fn(self.model, *self.arrays(x, y, eps))
         return {"nelbo": nll + kl, "kl": kl} if self.config.model == "vae" else {"val_loss": nll}
 
@@ -258,15 +257,15 @@ class Trainer:
 
     @torch.no_grad()
     def decode(self, z):
-        """z (B, latent) float32 -> pictures, numpy (B, H, W, C) in [0, 1]."""
+        """z (B, latent) float32 -> images, numpy (B, H, W, C) in [0, 1]."""
         return torch.sigmoid(self.model.decoder(*self.arrays(z))).cpu().numpy()
 
     def reconstruct(self, x):
-        """x (B, H, W, C) -> the pictures that its mu stands for."""
+        """x (B, H, W, C) -> the images decoded from its mu."""
         return self.decode(self.encode(x)[0])
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
         arrays = get_weights(self.model)
         for kind, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
             moments = {name: self.optimizer.state[p][key] for name, p in self.model.named_parameters()}
@@ -277,15 +276,14 @@ class Trainer:
         os.replace(f"{path}.part", path)
 
     def load(self, path):
-        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        """Load what save wrote, in either framework; returns the step to continue from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
-        self.t = meta["step"]
         for kind, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
             moments = {name[2:]: a for name, a in arrays.items() if name[:2] == f"{kind}."}
             moments = from_numpy(self.model, moments)
             for name, p in self.model.named_parameters():
                 self.optimizer.state[p][key] = moments[name]
-                self.optimizer.state[p]["step"].fill_(self.t)
-        return self.t
+                self.optimizer.state[p]["step"].fill_(meta["step"])
+        return meta["step"]

@@ -4,8 +4,8 @@
 # ///
 """Train an autoencoder:  python train.py [--backend mlx] [--task denoise] [--data mnist] [--net conv] [--latent 2] ...
 
-Tasks: vae (a model of the pictures), denoise (the clean picture from a noisy one), compress (pictures to a few bytes).
---data: digits or flowers (synthetic), mnist, or your own folder of pictures.
+Tasks: vae (a generative model of images), denoise (clean images from noisy ones), compress (images to a few bytes).
+--data: digits or flowers (synthetic), mnist, or your own folder of images.
 """
 
 import argparse
@@ -28,7 +28,7 @@ except ImportError as error:
     sys.exit(print(f"train.py: {error}: pip install numpy pillow", file=sys.stderr) or 2)
 
 MODEL = "autoencoder"
-DEFAULTS = {  # of the flags, task by task
+DEFAULTS = {  # of the flags, for each task
     "vae": dict(likelihood="bernoulli", latent=20, std=0.1, steps=3000, lr=4e-3),
     "denoise": dict(likelihood="bernoulli", latent=64, std=0.1, steps=1500, lr=2e-3),
     "compress": dict(likelihood="gaussian", latent=64, std=0.05, steps=2000, lr=2e-3),
@@ -36,46 +36,55 @@ DEFAULTS = {  # of the flags, task by task
 
 
 def defaults(asked):
-    """What the flags are that are not given."""
-    return DEFAULTS[asked.task] | dict(hidden=[32, 64] if asked.net == "conv" else [512, 512])
+    """The values of flags that are not given."""
+    grey = asked.data in ("digits", "mnist")
+    size = 28 if grey else asked.size
+    # halve down to 7 pixels or fewer, for as long as the size is even
+    halvings = min(math.ceil(math.log2(size / 7)), (size & -size).bit_length() - 1)
+    net = asked.net or ("linear" if grey or not halvings else "conv")
+    hidden = [512, 512] if net == "linear" else [16, 32, 64, 128][: max(1, halvings)]
+    task = DEFAULTS[asked.task] | dict(net=net, hidden=hidden, batch_size=128)
+    # a bernoulli tolerates errors like a gaussian with std 0.5: petals would blur into one disc
+    colour = dict(likelihood="gaussian", lr=2e-3, batch_size=max(4, min(128, 2**16 // size**2)))
+    return task if grey else task | colour
 
 
 def read_args():
-    """The command line; and with --resume what the checkpoint remembers, else None."""
+    """Parse the command line: the arguments and, with --resume, the checkpoint's metadata, else None."""
     apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
-    add = parser.add_argument_group("kept in the checkpoint; --resume refuses others").add_argument
+    add = parser.add_argument_group("saved in the checkpoint; fixed when resuming").add_argument
     fixed = [
-        add("--task", choices=TASKS, default="vae", help="what there is to learn"),
-        add("--data", default="digits", help="digits, flowers, mnist or a folder of pictures"),
+        add("--task", choices=TASKS, default="vae", help="what to train"),
+        add("--data", default="digits", help="digits, flowers, mnist or a folder of images"),
         add("--count", type=within("[100, inf)", int), default=10000, help="digits or flowers; a fifth more held out"),
-        add("--size", type=within("[8, 4096]", int), default=32, help="height and width: of flowers, a folder"),
-        add("--net", choices=["linear", "conv"], default="linear", help="the layers"),
+        add("--size", type=within("[8, 4096]", int), default=32, help="height and width of flowers or a folder"),
+        add("--net", choices=["linear", "conv"], help="the layers; without: conv for flowers and folders"),
         add("--hidden", type=within("[1, 65536]", int), nargs="+", help="widths of the layers; conv: channels"),
-        add("--latent", type=within("[1, 65536]", int), help="numbers that stand for a picture; 2 draws a map"),
+        add("--latent", type=within("[1, 65536]", int), help="size of the latent vector; 2 draws a map"),
         add("--likelihood", choices=["bernoulli", "gaussian"], help="of the pixels, given z"),
         add("--noise", type=within("(0, inf)"), default=0.3, help="denoise: standard deviation of the noise"),
     ]
-    add = parser.add_argument_group("kept too; --resume takes others").add_argument
+    add = parser.add_argument_group("saved too; may change when resuming").add_argument
     kept = [
-        add("--std", type=within("(0, inf)"), help="the gaussian's: less makes longer codes"),
-        add("--beta", type=within("[0, inf)"), default=1.0, help="weight of the KL: more makes shorter codes"),
-        add("--jitter", type=within("[0, inf)"), default=0.0, help="bend what is learned from, against overfitting"),
-        add("--steps", type=within("[0, inf)", int), help="0: only evaluate and draw"),
-        add("--batch-size", type=within("[1, 65536]", int), default=128, help="pictures of a step"),
-        add("--lr", type=within("(0, inf)"), help="the highest rate; it falls to 0 along a cosine"),
-        add("--seed", type=within("[0, 4294967295]", int), default=0, help="of weights, data, batches, noise"),
+        add("--std", type=within("(0, inf)"), help="gaussian: lower gives longer codes"),
+        add("--beta", type=within("[0, inf)"), default=1.0, help="weight of the KL: higher gives shorter codes"),
+        add("--jitter", type=within("[0, inf)"), default=0.0, help="distort training images, against overfitting"),
+        add("--steps", type=within("[0, inf)", int), help="0: only evaluate and sample"),
+        add("--batch-size", type=within("[1, 65536]", int), help="images per step"),
+        add("--lr", type=within("(0, inf)"), help="peak learning rate; decays to 0 along a cosine"),
+        add("--seed", type=within("[0, 4294967295]", int), default=0, help="for weights, data, batches and noise"),
     ]
-    add = parser.add_argument_group("of this run alone").add_argument
+    add = parser.add_argument_group("for this run only").add_argument
     add("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch", help="the framework")
-    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (without: the best there is)")
-    add("--out", type=Path, help="the folder for what the run writes")
-    add("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
+    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best available)")
+    add("--out", type=Path, help="the output folder")
+    add("--resume", action="store_true", help="continue from OUT/ckpt.npz, whichever backend wrote it")
     return parse(parser, MODEL, fixed, kept, defaults)
 
 
 def rate(step, args):
-    """The learning rate: down to 0 along a cosine."""
+    """The learning rate: decays to 0 along half a cosine."""
     return args.lr * (1 + math.cos(math.pi * step / args.steps)) / 2
 
 
@@ -83,24 +92,24 @@ def rate(step, args):
 
 
 def load_twin(args):
-    """The module model_torch or model_mlx; args.device becomes the device that it uses, args.rank this process's."""
+    """Import model_torch or model_mlx; sets args.device, and args.rank and args.world of this process."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
     except ImportError as error:
-        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or use the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
-        fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
+        fail(f"--device {args.device} is not available with {args.backend} here: use {', '.join(net.devices())}")
     args.rank, args.world = net.join() if hasattr(net, "join") else (0, 1)
-    if args.rank:  # one of several processes speaks and saves
+    if args.rank:  # only the first process prints and saves
         sys.stdout = open(os.devnull, "w")
     return net
 
 
 def fit(trainer, task, args, start, memory):
-    """Train from step `start` to args.steps; twenty times on the way evaluate, save and print a line.
+    """Train from step `start` to args.steps; about twenty times, evaluate, save and print a line.
 
-    Ctrl-C ends the step at hand, saves and exits with 130; a second one does not wait. Returns the steps a second.
+    Ctrl-C finishes the current step, saves and exits with 130; a second Ctrl-C does not wait. Returns steps per second.
     """
     ckpt, interrupted, every = args.out / "ckpt.npz", [], max(1, args.steps // 20)
 
@@ -125,12 +134,12 @@ def fit(trainer, task, args, start, memory):
                 fail(f"the loss is not finite at step {min(at, step)}: {why}{f'; {ckpt} is kept' * ckpt.exists()}")
         first = not speed and not args.resume
         try:
-            if first and ckpt.exists():
+            if first and not args.rank and ckpt.exists():
                 shutil.copy2(ckpt, args.out / "ckpt.old.npz")
             trainer.save(ckpt, done, **memory)
         except OSError as error:
             Path(f"{ckpt}.part").unlink(missing_ok=True)
-            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or name another --out")
+            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or choose another --out")
         speed, left = (done - start) / busy, (args.steps - done) * busy / (done - start)
         figures = {**values[-2], **values[-1]}
         line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -146,17 +155,17 @@ def fit(trainer, task, args, start, memory):
 
 
 def main():
-    """Arguments, task, model, checkpoint; train; report, and the result as the last line."""
+    """Set up the task, the model and the checkpoint; train; report; print the result as the last line."""
     began, (args, saved) = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
     fields, there = net.Config.__dataclass_fields__, saved["config"] if saved else {}
     for name, value in there.items():
         if name in fields and isinstance(value, str) != isinstance(fields[name].default, str):
-            fail(f"{ckpt} is damaged, its {name} is {value!r}: train anew without --resume, or name another --out")
+            fail(f"{ckpt} is damaged ({name} is {value!r}): start over without --resume, or choose another --out")
     note, task = claim(args), TASKS[args.task](args, saved)
     for name, value in (task.config | (task.extra if args.steps else {})).items():
         if saved and {**saved, **there}.get(name, value) != value:
-            fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
+            fail(f"{ckpt} was trained on other data (its {name} differs): use the same --data and --seed")
     config = {name: x for name, x in args.memory.items() if name in fields and x is not None} | task.config
     try:
         trainer = task.trainer(net, net.Config(**config | there))
@@ -164,7 +173,7 @@ def main():
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
             raise
-        fail(f"{ckpt} does not fit the model ({error!r}): train anew without --resume" if saved else error)
+        fail(f"{ckpt} does not fit the model ({error!r}): start over without --resume" if saved else error)
     params = sum(w.size for w in net.get_weights(trainer.model).values())
     print(f"{MODEL}: {args.backend} on {args.device}, {params:,} parameters; {task.about}; files go to {args.out}"
           f"{note}", flush=True)  # fmt: skip
@@ -180,15 +189,17 @@ def main():
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # numbers that are not finite are spoken of in fit
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer letters
+    warnings.simplefilter("ignore")  # fit reports numbers that are not finite
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack some characters
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+    except BrokenPipeError:  # as after `| head`: nobody reads the rest
         os._exit(141)
-    except (OSError, MemoryError) as error:  # a full disk, a folder that may not be written to, too little memory
-        print(f"train.py: {str(error)[:500] or 'too little memory'}: make room, or change --out", file=sys.stderr)
+    except (OSError, MemoryError, RuntimeError) as error:  # a full disk, no permission to write, too little memory
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        print(f"train.py: {str(error)[:500] or 'no memory'}: make room, or change --out, --batch-size", file=sys.stderr)
         os._exit(2)

@@ -1,6 +1,6 @@
-"""What there is to learn: classes of images; or a picture in the manner of another.
+"""The tasks: classify images; or paint one in the style of another.
 
-One class a task, all in numpy. A new task is one more class, named in TASKS at the end.
+One class per task, all in numpy. To add a task, write one more class and add it to TASKS at the end.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 def fail(message):
-    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
+    """End the run on bad input: one line that says what is wrong and how to fix it, exit code 2."""
     print("train.py:", " ".join(str(message).split())[:1000], file=sys.stderr)
     raise SystemExit(2)
 
@@ -62,7 +62,7 @@ def read_meta(path, model):
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
                 raise ValueError("a part is damaged or compressed")
             meta = json.loads(str(f["meta"]))
-        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        most = max(1 << 20, path.stat().st_size)  # no dimension of a model exceeds its file's size in bytes
         for name, value in meta["config"].items():
             if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
                 raise ValueError(f"its {name} is {value}")
@@ -75,14 +75,14 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} is no checkpoint to go on from ({reason}): train anew without --resume, or name another --out")
+    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
-    """The arguments; and with --resume what the checkpoint remembers, else None.
+    """The arguments and, with --resume, the checkpoint's metadata, else None.
 
-    A flag that is not given is as in the checkpoint, or as defaults() says. A resumed run may not change those of
-    `fixed`; it may change those of `kept`, which a checkpoint remembers, too.
+    A flag that is not given takes its value from the checkpoint, else from defaults(). Checkpoints save the flags of
+    both lists; a resumed run may not change those in `fixed`, but may change those in `kept`.
     """
     given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
     parser.error, parser.formatter_class, saved, known = fail, Help, None, {}
@@ -94,12 +94,12 @@ def parse(parser, model, fixed, kept, defaults):
         known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
     for flag in fixed:
         asked, there = getattr(given, flag.dest), known.get(flag.dest)
-        if None not in (asked, there) and asked != there and flag.dest != "data":  # those are compared by their content
+        if None not in (asked, there) and asked != there and flag.dest != "data":  # data is compared by content
             fail(f"{flag.option_strings[0]} {asked} contradicts {out / 'ckpt.npz'}, which has {there}: leave it out")
     known |= {"data": given.data} if given.data else {}
     parser.set_defaults(out=out, **known)
     parser.set_defaults(**{**defaults(parser.parse_known_args()[0]), **known})
-    parser.add_argument("-h", "--help", action="help", help="show this and end")
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     args = parser.parse_args()
     args.memory = {flag.dest: getattr(args, flag.dest) for flag in fixed + kept}
     if saved:
@@ -108,17 +108,20 @@ def parse(parser, model, fixed, kept, defaults):
 
 
 def claim(args):
-    """Make the folder args.out this run's own until it ends; returns what its first line has to say of that."""
+    """Lock the folder args.out until the run ends; returns a note for the run's first line."""
     if args.rank:
         return ""
     args.out.mkdir(parents=True, exist_ok=True)
     lock, ckpt = args.out / "lock", args.out / "ckpt.npz"
     try:
         if (pid := int(lock.read_text())) != os.getpid():
-            os.kill(pid, 0)  # no signal: it asks whether there is such a process
-            fail(f"{args.out} is in use by process {pid}: wait for its end, or name another --out")
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        lock.unlink(missing_ok=True)  # of a run that was killed
+            os.kill(pid, 0)  # sends no signal, only checks that the process exists
+            fail(f"{args.out} is in use by process {pid}: wait until it ends, or choose another --out")
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # none, or left by a killed run
+    except (OverflowError, ValueError):
+        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+    lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
     atexit.register(lock.unlink, missing_ok=True)
@@ -128,7 +131,7 @@ def claim(args):
 
 
 def record(out, row, first):
-    """Append {figure: number} to OUT/log.jsonl, or begin it anew, and draw what is in it as OUT/curve.png."""
+    """Append {figure: number} to OUT/log.jsonl, or start a new log, and plot the log in OUT/curve.png."""
     log, names = out / "log.jsonl", [name for name in row if "step" not in name]
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
@@ -139,13 +142,13 @@ def record(out, row, first):
     for i, name in enumerate(names):
         x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
-        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
+        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, lowest {y.min():.4g}", (60, 60, 60), font)
         draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
 def digest(*arrays):
-    """A hash of what is learned from: by it a checkpoint knows its data, whatever their file is called."""
+    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -175,27 +178,27 @@ def fetch(file, md5, *urls):
 
 
 class Task:
-    """What train.py asks of a task. To add your own, write a class like those below and name it in TASKS.
+    """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Beside what stands here: batch(step), the arrays of Trainer.step, drawn from (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on data held out, for a log line of a part of them.
+    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
+    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
     """
 
-    config, extra, about = {}, {}, ""  # its part of the model's Config; what a checkpoint must know of it; a line
-    tokens = 0  # of a step, where tokens are counted
+    config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
+    tokens = 0  # per step, where tokens are counted
 
     def trainer(self, net, config):
-        """The Trainer that learns it."""
+        """The Trainer for this task."""
         return net.Trainer(config, seed=self.args.seed, device=self.args.device)
 
     def report(self, trainer):
-        """At the end: more figures, and the names of the files that it wrote to args.out."""
+        """At the end: more figures, and the names of the files written to args.out."""
         return {}, []
 
 
 # ---- images with classes ---------------------------------------------------------------------------------------------
 
-IDX = {  # the two homes of each set, and the MD5 sums of its four files
+IDX = {  # two addresses of each dataset, and the MD5 sums of its four files
     "mnist": (
         "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
@@ -211,7 +214,7 @@ IDX = {  # the two homes of each set, and the MD5 sums of its four files
 
 
 def load_idx(name):
-    """A set of IDX: images (N, 28, 28) uint8 and labels (N,) of the training part, then of the test part."""
+    """A dataset of IDX: images (N, 28, 28) uint8 and labels (N,) of the training set, then of the test set."""
     homes, sums, arrays = *map(str.split, IDX[name]), []
     for stem, md5 in zip(("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"), sums):
         path = fetch(f"{name}/{stem}-ubyte.gz", md5, *(f"{home}/{stem}-ubyte.gz" for home in homes))
@@ -225,7 +228,7 @@ def load_idx(name):
 
 
 def make_digits(n, seed):
-    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); each has its own stroke, size, turn, shear and shift."""
+    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, turn, shear and shift are random."""
     rng = np.random.default_rng((seed, 28))
     font, glyphs = ImageFont.load_default(60), {}
     for digit in range(10):
@@ -248,7 +251,7 @@ def make_digits(n, seed):
 
 
 def load_cifar10():
-    """Images (N, 32, 32, 3) uint8 and labels (N,) of the training part, then of the test part; the classes' names."""
+    """Images (N, 32, 32, 3) uint8 and labels (N,) of the training set, then of the test set; the class names."""
     home = "https://www.cs.toronto.edu/~kriz https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10"
     file = "cifar-10-binary.tar.gz"
     path = fetch(file, "c32a1d4ab5d03f1284b67883e8d87530", *(f"{url}/{file}" for url in home.split()))
@@ -266,8 +269,8 @@ def load_cifar10():
 
 
 def open_image(path):
-    """An image file as an RGB image, the right way up, on white where it is transparent; else one line and the end."""
-    Image.MAX_IMAGE_PIXELS = 25_000_000  # of twice as many, which take 1 GB and more, Pillow makes an error
+    """Open an image file as RGB, upright, on white where it is transparent; ends the run if it can't be read."""
+    Image.MAX_IMAGE_PIXELS = 25_000_000  # above twice as many, which take 1 GB, Pillow raises an error
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -280,26 +283,26 @@ def open_image(path):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # Pillow has many words for a file that is broken
-        fail(f"{path} is no picture that can be read ({error}): take it away, or name a PNG or JPEG file")
+    except Exception as error:  # Pillow raises errors of many kinds for broken files
+        fail(f"{path} is no picture that can be read ({error}): remove it, or name a PNG or JPEG file")
 
 
 def load_folder(folder, size):
-    """A sub-folder a class: the middle square of every image at size x size; every fifth one of a class is held out."""
+    """One sub-folder per class: the middle square of each image at size x size; every fifth of a class is held out."""
     images, labels, held, names, skipped = [], [], [], [], 0
     for place in sorted(path for path in Path(folder).glob("*") if path.is_dir()):
         before = len(images)
         for path in sorted(path for path in place.rglob("*") if path.is_file() and not path.name.startswith(".")):
             try:
                 images.append(np.asarray(ImageOps.fit(open_image(path), (size, size))))
-            except SystemExit:  # its line is enough, the other pictures are still there
+            except SystemExit:  # open_image has said why; go on with the others
                 skipped += 1
         if new := len(images) - before:
             labels += [len(names)] * new
             held += [i % 5 == 4 for i in range(new)]
             names.append(place.name)
     if skipped:
-        print(f"skipped {skipped} files of {folder}", file=sys.stderr)
+        print(f"skipped {skipped} files in {folder}", file=sys.stderr)
     if len(names) < 2 or not any(held):
         fail(f"{folder} must be mnist, fashion, cifar10 or a folder with two sub-folders or more of 5 images or more")
     images, labels, held = np.stack(images), np.array(labels), np.array(held)
@@ -311,7 +314,7 @@ def floats(images):
 
 
 def augment(x, shift, flip, rng):
-    """Images (B, H, W, C), each moved by up to `shift` pixels, the border repeated, and half of them mirrored."""
+    """Images (B, H, W, C), each shifted by up to `shift` pixels, the border repeated; with `flip`, half mirrored."""
     B, H, W, _ = x.shape
     down, right = rng.integers(-shift, shift + 1, (2, B, 1))
     rows, columns = (np.arange(H) + down).clip(0, H - 1), (np.arange(W) + right).clip(0, W - 1)
@@ -320,12 +323,12 @@ def augment(x, shift, flip, rng):
     return x[np.arange(B)[:, None, None], rows[:, :, None], columns[:, None]]
 
 
-# ---- pictures to paint from ------------------------------------------------------------------------------------------
+# ---- images to paint from --------------------------------------------------------------------------------------------
 
 
 def draw_scene(size):
-    """The embedded content, (3/4 size, size): hills and a house under a sun, mirrored in a lake."""
-    y, x = np.mgrid[: 3 * size // 2, : 2 * size][:, :, :, None] / (2 * size)  # twice as large, to be made smooth
+    """The built-in content image, (3/4 size, size): hills and a house under a sun, mirrored in a lake."""
+    y, x = np.mgrid[: 3 * size // 2, : 2 * size][:, :, :, None] / (2 * size)  # twice as large, to smooth it at the end
     lake, y = y > 0.48, np.where(y > 0.48, 0.96 - y, y)
     image = np.array([60, 120, 200]) * (1 - 2 * y) + np.array([255, 220, 180]) * 2 * y
     image = np.where((x - 0.7) ** 2 + (y - 0.17) ** 2 < 0.005, [255, 245, 190], image)
@@ -340,7 +343,7 @@ def draw_scene(size):
 
 
 def draw_strokes(size, seed=0):
-    """The embedded style, (3/4 size, size): strokes of a brush in rings round some eddies, from gold to deep blue."""
+    """The built-in style image, (3/4 size, size): brush strokes in rings around eddies, from gold to deep blue."""
     rng, (y, x) = np.random.default_rng(seed), np.mgrid[: 3 * size // 2, : 2 * size] / (2 * size)
     eddies = rng.uniform(0, 1, (7, 2)) * [0.75, 1]
     away = np.hypot(y[..., None] - eddies[:, 0], x[..., None] - eddies[:, 1])
@@ -348,8 +351,8 @@ def draw_strokes(size, seed=0):
     r = away.min(2) + 0.004 * np.sin(40 * x) + 0.004 * np.sin(40 * y)
     turn = np.arctan2(y - eddies[nearest, 0], x - eddies[nearest, 1])
     ring = (r * 45).astype(int)
-    stroke = (turn * (ring + 1) / 2.5 + 2.4 * ring).astype(int)  # strokes of one length, each ring shifted
-    chance = np.sin(stroke * 127.1 + ring * 311.7 + nearest * 74.7) * 43758.5453 % 1  # one number a stroke
+    stroke = (turn * (ring + 1) / 2.5 + 2.4 * ring).astype(int)  # strokes of equal length, each ring shifted
+    chance = np.sin(stroke * 127.1 + ring * 311.7 + nearest * 74.7) * 43758.5453 % 1  # one number per stroke
     palette = np.array([(255, 235, 150), (245, 200, 70), (150, 190, 200), (80, 140, 200), (40, 80, 160), (20, 40, 100)])
     colour = palette[(14 * r + 2.2 * chance).astype(int).clip(0, 5)]
     edge = np.minimum(r * 45 % 1, 1 - r * 45 % 1)[..., None]  # the paint is thinner at the edge of a stroke
@@ -357,23 +360,23 @@ def draw_strokes(size, seed=0):
 
 
 def load_picture(path, draw, size):
-    """An image file, or what draw(size) gives where there is none: (H, W, 3) uint8, the longer side `size`."""
+    """An image file, or draw(size) if there is none: (H, W, 3) uint8, the longer side `size`."""
     image = open_image(path) if path else draw(size)
     pixels = np.asarray(ImageOps.contain(image, (size, size)))
     if min(pixels.shape[:2]) < 16:
-        fail(f"{path or 'the picture'} is too narrow for {size} pixels: name a larger --size")
+        fail(f"{path or 'the image'} is too narrow for {size} pixels: choose a larger --size")
     return pixels
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- plots -----------------------------------------------------------------------------------------------------------
 
 PAPER, GREEN, RED, GREY = (250, 250, 247), (44, 160, 44), (214, 39, 40), (80, 80, 80)
 
 
 def draw_mistakes(p, x, y, names, rows=5, columns=6):
-    """The images whose right class was given the least probability; beside them the confusion matrix.
+    """The images whose right class got the lowest probability, and the confusion matrix.
 
-    p (N, K) are the probabilities that the network gave to the images x (N, H, W, C) of the classes y (N,).
+    p (N, K) are the network's probabilities for the images x (N, H, W, C) of the classes y (N,).
     """
     K, answers, worst = len(names), p.argmax(1), np.argsort(p[np.arange(len(y)), y])[: rows * columns]
     image = Image.new("RGB", (columns * 96 + 650, rows * 116 + 10), PAPER)
@@ -398,7 +401,7 @@ def draw_mistakes(p, x, y, names, rows=5, columns=6):
     for i, name in enumerate(names):
         draw.text((left - 6, top + (i + 0.5) * side), name[:14], GREY, font, "rm")
         draw.text((left + (i + 0.5) * side, top - 8), name[:9], GREY, font, "mm")
-    draw.text((left, 22), "rows: what it is; columns: what it is taken for", GREY, ImageFont.load_default(13), "lm")
+    draw.text((left, 22), "rows: true class; columns: predicted class", GREY, ImageFont.load_default(13), "lm")
     return image
 
 
@@ -427,7 +430,7 @@ FASHION = "top trousers pullover dress coat sandal shirt trainer bag boot".split
 
 
 class Classify(Task):
-    """Which class an image shows: digits, a public set, or a folder with a sub-folder for each class."""
+    """Classify images: digits, a public dataset, or a folder with a sub-folder for each class."""
 
     def __init__(self, args, saved):
         self.args = args
@@ -442,7 +445,8 @@ class Classify(Task):
             fail(f"--size of {args.data} is {size}: leave it out")
         self.config = dict(size=size, n_in=n_in, n_out=len(self.names))
         self.extra = dict(names=self.names, digest=digest(self.x, self.y))
-        self.about = f"{args.model} on {args.data}: {len(x):,} to train on, {len(x_val):,} held out"
+        few = f", each {1 / len(x_val):.0%} of the accuracy" if len(x_val) < 100 else ""
+        self.about = f"{args.model} on {args.data}: {len(x):,} to train on, {len(x_val):,} held out{few}"
 
     def load(self):
         """Images (N, H, W) or (N, H, W, C) uint8 and classes (N,), then held-out ones; the names of the classes."""
@@ -458,7 +462,7 @@ class Classify(Task):
             if path.suffix not in net.EXPORTS:
                 fail(f"--export with {self.args.backend} writes {' or '.join(net.EXPORTS)}, not {path}")
             if not path.parent.is_dir():
-                fail(f"--export {path}: there is no such folder, make it first")
+                fail(f"--export {path}: there is no such folder, create it first")
             if not importlib.util.find_spec(package := net.EXPORTS[path.suffix]):
                 fail(f"--export {path} needs pip install {package}")
         return super().trainer(net, config)
@@ -475,7 +479,7 @@ class Classify(Task):
         self.p = self.predict(trainer, self.x_val)  # (N, n_out), for report
         nll = -np.log(self.p[np.arange(len(self.p)), self.y_val] + 1e-12)
         figures = {"val_loss": nll.mean(), "accuracy": (self.p.argmax(1) == self.y_val).mean()}
-        if self.args.flip:  # asked twice, of the mirror image too, it errs less
+        if self.args.flip:  # the mean with the mirror image is more accurate
             both = self.p + self.predict(trainer, self.x_val[:, :, ::-1])
             figures["accuracy_flip"] = (both.argmax(1) == self.y_val).mean()
         return figures
@@ -491,12 +495,12 @@ class Classify(Task):
         draw_filters(trainer.filters()).save(args.out / "filters.png")
         if args.export:
             print(f"{args.export}: {trainer.export(args.export, self.names)}")
-            files.append(args.export.resolve())
+            files += [args.export.resolve(), Path(f"{args.export.resolve()}.json")]  # the latter for .mlxfn
         return {}, files
 
 
 class Style(Task):
-    """Style transfer: a picture that shows what one shows, in the manner of another. It is painted, not predicted."""
+    """Style transfer: an image with the content of one and the style of another, found by optimizing its pixels."""
 
     def __init__(self, args, saved):
         if args.export:
@@ -508,7 +512,7 @@ class Style(Task):
         self.config = dict(model="style", size=max(height, width), n_in=3, n_out=0, channels=[])
         self.config |= dict(label_smoothing=0.0, weight_decay=0.0)
         self.extra = dict(digest=digest(self.content, self.style))
-        self.about = f"a picture of {width} x {height}, features of {args.weights or 'random filters'}"
+        self.about = f"an image of {width} x {height}, features of {args.weights or 'random filters'}"
 
     def trainer(self, net, config):
         args, pair = self.args, (floats(self.content), floats(self.style))
@@ -518,10 +522,10 @@ class Style(Task):
             if not args.weights:
                 raise
             kind, reason = ".safetensors" if args.backend == "mlx" else ".pth", str(error).partition(". ")[0]
-            fail(f"{args.weights} is no {kind} file of VGG-19 in torchvision's layout ({reason})")
+            fail(f"{args.weights} is not a {kind} file of VGG-19 in torchvision's layout ({reason})")
 
     def batch(self, step):
-        return ()  # every step goes by the same two pictures
+        return ()  # every step uses the same two images
 
     def evaluate(self, trainer, whole=False):
         return trainer.evaluate()

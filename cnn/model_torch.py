@@ -6,15 +6,15 @@
 
 Convolution, with filters w (N, C, k, k), stride s and p rows and columns of padding:
     y[b,i,j,n] = b[n] + sum_{c,u,v} w[n,c,u,v] x[b, s i + u - p, s j + v - p, c]
-Lay the k x k x C numbers under each output place side by side, as one row of a matrix P, and w as a matrix W with a
-column for each filter; then the sum is a matrix product, and so are its gradients:
+Write the k x k x C inputs of each output position as one row of a matrix P, and w as a matrix W with a column for each
+filter; then the sum is a matrix product, and so are its gradients:
     Y = P W + b        dW = P^T dY        db = sum over the rows of dY        dP = dY W^T
-An input lies under up to k x k places, so its gradient dx is the sum of the entries of dP that were read from it.
-Max-pooling takes the largest of each window's entries; the gradient goes whence the largest came.
+An input is read for up to k x k positions, so its gradient dx is the sum of the entries of dP that belong to it.
+Max-pooling takes the largest entry of each window; the gradient goes back to that entry.
 
-Style transfer looks for the image x whose features F_l (H W, C) in the layers l of a network that is not trained hold
-the content of one picture, and whose Gram matrices G_l = F_l^T F_l / (H W), which say what occurs together and not
-where, those of another:
+Style transfer looks for the image x that has the features F_l (H W, C) of one image, its content, in a layer of a fixed
+network, and the Gram matrices G_l = F_l^T F_l / (H W) of another, its style: which features occur together, but not
+where:
     loss = |F_c - F_c*|^2 / |F_c*|^2  +  strength mean_l |G_l - G_l*|^2 / |G_l*|^2  +  tv mean (differences of x)^2
 
 LeCun et al. 1998, "Gradient-based learning applied to document recognition".
@@ -26,22 +26,25 @@ Ustyuzhaninov et al. 2016, "Texture synthesis using shallow convolutional networ
 import json
 import math
 import os
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
+from io import StringIO
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+torch.backends.cudnn.allow_tf32 = False  # full float32, for convolutions on CUDA too
 
-EXPORTS = {".pt2": "torch", ".mlpackage": "coremltools"}  # the files that export writes, and the package that it needs
+EXPORTS = {".pt2": "torch", ".mlpackage": "coremltools"}  # the files that export writes, and the package it needs
 
 
 @dataclass
 class Config:
     model: str = "lenet"  # lenet, resnet or style
-    size: int = 28  # of the images, which are square; a ResNet takes others, too
+    size: int = 28  # of the square images; a ResNet takes others, too
     n_in: int = 1  # channels of the images
     n_out: int = 10
     channels: tuple = (16, 32, 128)  # lenet: both convolutions and the hidden layer; resnet: the stem and each block
@@ -51,9 +54,9 @@ class Config:
 
     def __post_init__(self):
         if self.model == "lenet" and len(self.channels) != 3:
-            raise ValueError("channels of a lenet are three: of both convolutions and the hidden layer")
+            raise ValueError("a lenet has three channels: for two convolutions and the hidden layer")
         if self.model == "resnet" and not self.size >> len(self.channels) - 1:
-            raise ValueError(f"channels: {len(self.channels) - 1} blocks halve size {self.size} to none: name fewer")
+            raise ValueError(f"channels: {len(self.channels) - 1} blocks halve size {self.size} to nothing: use fewer")
 
 
 class Conv2d(nn.Conv2d):
@@ -105,7 +108,7 @@ class LeNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut, on which the gradient reaches the layers below undiminished."""
+    """Two convolutions and a shortcut, through which the gradient reaches earlier layers directly."""
 
     def __init__(self, n_in, n_out, impl):
         super().__init__()
@@ -141,7 +144,7 @@ class ResNet(nn.Module):
 
 
 def loss_fn(logits, y, label_smoothing=0.0):
-    """The mean of -log p of the classes y (B,) under logits (B, n_out); smoothed, every class is a little right."""
+    """The mean of -log p of the classes y (B,) under logits (B, n_out); if smoothed, every class is a little right."""
     return F.cross_entropy(logits, y, label_smoothing=label_smoothing)
 
 
@@ -158,7 +161,7 @@ def patches(x, k, stride, padding, value=0.0):
 
 
 def add_patches(dP, shape, k, stride, padding):
-    """The way back: dP (B, H', W', k k, C), each entry added where patches read it -> dx of the shape (B, H, W, C)."""
+    """The transpose: dP (B, H', W', k k, C), each entry added where patches read it -> dx of shape (B, H, W, C)."""
     _, H, W, _, _ = dP.shape
     dx = dP.new_zeros((shape[0], shape[1] + 2 * padding, shape[2] + 2 * padding, shape[3]))
     rows, columns = stride * (H - 1) + 1, stride * (W - 1) + 1
@@ -208,14 +211,14 @@ class RandomFilters(nn.Module):
     def __init__(self, seed=0, n=64, k=7):
         super().__init__()
         w = np.random.default_rng((seed, 3)).standard_normal((len(self.style), n, 3, k, k), np.float32)
-        w = w - 0.9 * w.mean((3, 4), keepdims=True)  # edges count for more than the colours of plain places
+        w = w - 0.9 * w.mean((3, 4), keepdims=True)  # edges count for more than the colours of flat areas
         self.w = torch.from_numpy(w / np.sqrt((w**2).sum((2, 3, 4), keepdims=True)))
 
     def forward(self, x):
         """x (1, H, W, 3) -> the features of each scale, (H' W', n)."""
         x, features = x.permute(0, 3, 1, 2) - 0.5, []
         for w in self.w.to(x.device):
-            if features:  # 4x4 and not 2x2, whose squares would show in the picture
+            if features:  # 4x4 and not 2x2, whose squares would show in the image
                 x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "reflect"), 4, 2)
             features.append(F.relu(F.conv2d(x, w, None, 1, 3)).flatten(2)[0].T)
         return features
@@ -247,17 +250,17 @@ class VGG(nn.Module):
 
 
 def gram(f):
-    """Features (H W, C) -> (C, C): how strongly each two occur together, whatever the place."""
+    """Features (H W, C) -> (C, C): how strongly each pair occurs together, wherever that is."""
     return f.T @ f / f.shape[0]
 
 
 def distance(a, b):
-    """How far a is from b, as a share of b."""
+    """The squared distance of a from b, relative to b."""
     return ((a - b) ** 2).sum() / (b**2).sum()
 
 
 class Canvas(nn.Module):
-    """The picture that is being painted: its pixels are the only parameters."""
+    """The image being painted: its pixels are the only parameters."""
 
     def __init__(self, image):
         super().__init__()
@@ -269,7 +272,7 @@ class Canvas(nn.Module):
 
 @torch.no_grad()
 def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
-    """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
+    """Loshchilov & Hutter 2019: Adam, with weight decay applied directly to the weights."""
     m.lerp_(g, 1 - beta1)  # m = beta1 m + (1 - beta1) g
     v.lerp_(g * g, 1 - beta2)
     v_hat = v / (1 - beta2**t)
@@ -278,20 +281,20 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 
 @torch.no_grad()
 def muon(p, g, m, lr, weight_decay, beta=0.9):
-    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
     """
     m.lerp_(g, 1 - beta)
-    update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum as it will be one step on
+    update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum one step ahead
     p.mul_(1 - lr * weight_decay).sub_(lr * 0.2 * max(p.shape) ** 0.5 * update)
 
 
 def orthogonalize(g):
-    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+    """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (x.norm() + 1e-7)
@@ -307,12 +310,12 @@ def orthogonalize(g):
 
 
 def to_numpy(model, arrays):
-    """What there is for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), torch's way."""
+    """One array for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), as in torch."""
     return {name: a.detach().cpu().numpy().copy() for name, a in arrays.items()}
 
 
 def from_numpy(model, arrays):
-    """The way back. Raises ValueError where an array has not the shape of its parameter."""
+    """The inverse. Raises ValueError if an array does not have the shape of its parameter."""
     for name, p in model.named_parameters():
         if arrays[name].shape != tuple(p.shape):
             raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {tuple(p.shape)}")
@@ -325,7 +328,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Put {name: numpy array} in place of the model's parameters."""
+    """Replace the model's parameters by {name: numpy array}."""
     model.load_state_dict(from_numpy(model, weights))
 
 
@@ -372,7 +375,7 @@ class Learner:
         return loss.detach()
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
         arrays = get_weights(self.model)
         for kind, moments in (("m", self.m), ("v", self.v)):
             arrays |= {f"{kind}.{name}": a for name, a in to_numpy(self.model, moments).items()}
@@ -382,13 +385,13 @@ class Learner:
         os.replace(f"{path}.part", path)
 
     def load(self, path):
-        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        """Load what save wrote, in either framework; returns the step to continue from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         for name, w in get_weights(self.model).items():
             for key in (name, f"m.{name}", f"v.{name}"):
                 if key not in arrays or arrays[key].shape != w.shape:
-                    raise ValueError(f"{key} is missing or has another shape than {w.shape}")
+                    raise ValueError(f"{key} is missing or does not have the shape {w.shape}")
         set_weights(self.model, arrays)
         self.t = meta["step"]
         self.m, self.v = (
@@ -407,13 +410,13 @@ class Trainer(Learner):
         self.start(model)
 
     def arrays(self, x, y):
-        """Numpy to the framework. Labels are checked first: MLX would read past the end of an array without a word."""
+        """Numpy to the framework. Labels are checked first: MLX would silently read past the end of an array."""
         if not 0 <= y.min() <= y.max() < self.config.n_out:
             raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
         return torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
 
     def step(self, x, y, lr):
-        """One update on x (B, H, W, C) float32 and y (B,) int64; returns {"loss"}, the one before the update."""
+        """One update on x (B, H, W, C) float32 and y (B,) int64; returns {"loss"} before the update."""
         x, y = self.arrays(x, y)
         return {"loss": self.update(lambda: loss_fn(self.model(x), y, self.config.label_smoothing), lr)}
 
@@ -434,9 +437,9 @@ class Trainer(Learner):
         return get_weights(self.model)["conv1.weight" if self.config.model == "lenet" else "stem.weight"]
 
     def export(self, path, names=()):
-        """Write the network alone to a file that runs without this one; returns what goes in and what comes out.
+        """Export the network to a file that runs without this code; returns what goes in and what comes out.
 
-        .pt2: torch.export, any B. .mlpackage: Core ML, B to 64, a ResNet 1. .mlxfn: MLX, B = 1, 2, 4 ... 64.
+        .pt2: torch.export, any B. .mlpackage: Core ML, and .mlxfn: MLX, B to 64.
         """
         config = self.config
         says = f"pixels (B, {config.size}, {config.size}, {config.n_in}) from 0 to 1 -> logits (B, {config.n_out})"
@@ -445,17 +448,22 @@ class Trainer(Learner):
             program = torch.export.export(self.model, (x,), dynamic_shapes=({0: torch.export.Dim("B")},))
             torch.export.save(program, path, extra_files={"classes.json": json.dumps(names)})
             return f"{says}, any B; the names are in its classes.json"
-        import coremltools
 
-        most = 64 if config.model == "lenet" else 1  # the converter wants to know the B of a group norm
-        traced = torch.jit.trace(self.model.cpu(), x[:most].cpu())
-        inputs = [coremltools.TensorType("image", (coremltools.RangeDim(1, most) if most > 1 else 1, *x.shape[1:]))]
-        outputs = [coremltools.TensorType("logits")]
-        package = coremltools.convert(traced, inputs=inputs, outputs=outputs)
+        def group_norm(x, groups, weight, bias, eps):  # written out: the converter's own needs to know B
+            C, H, W = map(int, x.shape[1:])
+            h = F.layer_norm(x.reshape(-1, groups, C * H * W // groups), [C * H * W // groups], eps=eps)
+            return h.reshape(-1, C, H, W) * weight[:, None, None] + bias[:, None, None]
+
+        with redirect_stderr(StringIO()), mock.patch.object(F, "group_norm", group_norm):  # the converter is noisy
+            import coremltools
+
+            inputs = [coremltools.TensorType("image", (coremltools.RangeDim(1, 64), *x.shape[1:]))]
+            traced = torch.jit.trace(self.model.cpu(), x.cpu())
+            package = coremltools.convert(traced, inputs=inputs, outputs=[coremltools.TensorType("logits")])
         package.user_defined_metadata["classes"] = json.dumps(names)
         package.save(str(path))
         self.model.to(self.device)
-        return f"{says}, B from 1 to {most}; the names are in its metadata"
+        return f"{says}, B from 1 to 64; the names are in its metadata"
 
 
 class Stylist(Learner):
@@ -484,12 +492,12 @@ class Stylist(Learner):
         return content + self.strength * style + self.tv * tv
 
     def step(self, lr):
-        """One update of the image; returns {"loss"}, the one before the update."""
+        """One update of the image; returns {"loss"} before the update."""
         return {"loss": self.update(self.loss, lr)}
 
     @torch.no_grad()
     def evaluate(self):
-        """{"content_loss", "style_loss"}: how far the image is from each of its two pictures, as a share."""
+        """{"content_loss", "style_loss"}: the distance from the content and from the style, relative to each."""
         content, style, _ = self.losses()
         return {"content_loss": content, "style_loss": style}
 

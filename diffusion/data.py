@@ -1,6 +1,6 @@
-"""What there is to learn: pictures by class, pictures of a text, points whose score is known.
+"""The tasks: images by class, images for a text, points whose score is known.
 
-One class a task, all in numpy. A new task is one more class, named in TASKS at the end.
+One class per task, all in numpy. To add a task, write one more class and add it to TASKS at the end.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 def fail(message):
-    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
+    """End the run on bad input: one line that says what is wrong and how to fix it, exit code 2."""
     print("train.py:", " ".join(str(message).split())[:1000], file=sys.stderr)
     raise SystemExit(2)
 
@@ -62,7 +62,7 @@ def read_meta(path, model):
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
                 raise ValueError("a part is damaged or compressed")
             meta = json.loads(str(f["meta"]))
-        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        most = max(1 << 20, path.stat().st_size)  # no dimension of a model exceeds its file's size in bytes
         for name, value in meta["config"].items():
             if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
                 raise ValueError(f"its {name} is {value}")
@@ -75,14 +75,14 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} is no checkpoint to go on from ({reason}): train anew without --resume, or name another --out")
+    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
-    """The arguments; and with --resume what the checkpoint remembers, else None.
+    """The arguments and, with --resume, the checkpoint's metadata, else None.
 
-    A flag that is not given is as in the checkpoint, or as defaults() says. A resumed run may not change those of
-    `fixed`; it may change those of `kept`, which a checkpoint remembers, too.
+    A flag that is not given takes its value from the checkpoint, else from defaults(). Checkpoints save the flags of
+    both lists; a resumed run may not change those in `fixed`, but may change those in `kept`.
     """
     given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
     parser.error, parser.formatter_class, saved, known = fail, Help, None, {}
@@ -94,12 +94,12 @@ def parse(parser, model, fixed, kept, defaults):
         known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
     for flag in fixed:
         asked, there = getattr(given, flag.dest), known.get(flag.dest)
-        if None not in (asked, there) and asked != there and flag.dest != "data":  # those are compared by their content
+        if None not in (asked, there) and asked != there and flag.dest != "data":  # data is compared by content
             fail(f"{flag.option_strings[0]} {asked} contradicts {out / 'ckpt.npz'}, which has {there}: leave it out")
     known |= {"data": given.data} if given.data else {}
     parser.set_defaults(out=out, **known)
     parser.set_defaults(**{**defaults(parser.parse_known_args()[0]), **known})
-    parser.add_argument("-h", "--help", action="help", help="show this and end")
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     args = parser.parse_args()
     args.memory = {flag.dest: getattr(args, flag.dest) for flag in fixed + kept}
     if saved:
@@ -108,17 +108,20 @@ def parse(parser, model, fixed, kept, defaults):
 
 
 def claim(args):
-    """Make the folder args.out this run's own until it ends; returns what its first line has to say of that."""
+    """Lock the folder args.out until the run ends; returns a note for the run's first line."""
     if args.rank:
         return ""
     args.out.mkdir(parents=True, exist_ok=True)
     lock, ckpt = args.out / "lock", args.out / "ckpt.npz"
     try:
         if (pid := int(lock.read_text())) != os.getpid():
-            os.kill(pid, 0)  # no signal: it asks whether there is such a process
-            fail(f"{args.out} is in use by process {pid}: wait for its end, or name another --out")
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        lock.unlink(missing_ok=True)  # of a run that was killed
+            os.kill(pid, 0)  # sends no signal, only checks that the process exists
+            fail(f"{args.out} is in use by process {pid}: wait until it ends, or choose another --out")
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # none, or left by a killed run
+    except (OverflowError, ValueError):
+        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+    lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
     atexit.register(lock.unlink, missing_ok=True)
@@ -128,7 +131,7 @@ def claim(args):
 
 
 def record(out, row, first):
-    """Append {figure: number} to OUT/log.jsonl, or begin it anew, and draw what is in it as OUT/curve.png."""
+    """Append {figure: number} to OUT/log.jsonl, or start a new log, and plot the log in OUT/curve.png."""
     log, names = out / "log.jsonl", [name for name in row if "step" not in name]
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
@@ -139,13 +142,13 @@ def record(out, row, first):
     for i, name in enumerate(names):
         x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
-        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
+        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, lowest {y.min():.4g}", (60, 60, 60), font)
         draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
 def digest(*arrays):
-    """A hash of what is learned from: by it a checkpoint knows its data, whatever their file is called."""
+    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -175,27 +178,27 @@ def fetch(file, md5, *urls):
 
 
 class Task:
-    """What train.py asks of a task. To add your own, write a class like those below and name it in TASKS.
+    """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Beside what stands here: batch(step), the arrays of Trainer.step, drawn from (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on data held out, for a log line of a part of them.
+    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
+    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
     """
 
-    config, extra, about = {}, {}, ""  # its part of the model's Config; what a checkpoint must know of it; a line
-    tokens = 0  # of a step, where tokens are counted
+    config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
+    tokens = 0  # per step, where tokens are counted
 
     def trainer(self, net, config):
-        """The Trainer that learns it."""
+        """The Trainer for this task."""
         return net.Trainer(config, seed=self.args.seed, device=self.args.device)
 
     def report(self, trainer):
-        """At the end: more figures, and the names of the files that it wrote to args.out."""
+        """At the end: more figures, and the names of the files written to args.out."""
         return {}, []
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
-IDX = {  # the two homes of a set, and the MD5 sums of its four files
+IDX = {  # two addresses of a dataset, and the MD5 sums of its four files
     "mnist": (
         "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
@@ -205,7 +208,7 @@ IDX = {  # the two homes of a set, and the MD5 sums of its four files
 
 
 def load_idx(name):
-    """A set of IDX: images (N, 28, 28) uint8 and labels (N,) of the training part, then of the test part."""
+    """A dataset of IDX: images (N, 28, 28) uint8 and labels (N,) of the training set, then of the test set."""
     homes, sums, arrays = *map(str.split, IDX[name]), []
     for stem, md5 in zip(("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"), sums):
         path = fetch(f"{name}/{stem}-ubyte.gz", md5, *(f"{home}/{stem}-ubyte.gz" for home in homes))
@@ -219,7 +222,7 @@ def load_idx(name):
 
 
 def make_digits(n, seed):
-    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); each has its own stroke, size, turn, shear and shift."""
+    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, turn, shear and shift are random."""
     rng = np.random.default_rng((seed, 28))
     font, glyphs = ImageFont.load_default(60), {}
     for digit in range(10):
@@ -242,23 +245,23 @@ def make_digits(n, seed):
 
 
 def make_flowers(n, size, seed):
-    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 4 ... 9; each has its colour, shape and place."""
+    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 4 ... 9; colour, shape and place are random."""
     rng = np.random.default_rng((seed, 32))
     tints = np.array([(245, 240, 235), (250, 200, 40), (235, 70, 60), (245, 130, 175), (150, 90, 210), (70, 110, 230)])
     petals, tint = rng.integers(4, 10, n), tints[rng.integers(0, 6, n)] + rng.normal(0, 12, (n, 3))
     radius, inner, turn = rng.uniform(0.55, 0.95, n), rng.uniform(0.4, 0.75, n), rng.uniform(0, 2 * np.pi, n)
     shape, place, light = rng.uniform(0.4, 1.1, n), rng.normal(0, 0.08, (n, 2)), rng.uniform(0.7, 1.15, n)
     axis, images = (np.arange(size) * 2 + 1) / size - 1, np.empty((n, size, size, 3), np.uint8)
-    grass = np.array([46, 98, 52]) * (1 - 0.35 * axis[:, None, None]) * np.ones((size, 1))  # lighter above
+    grass = np.array([46, 98, 52]) * (1 - 0.35 * axis[:, None, None]) * np.ones((size, 1))  # lighter at the top
     for i in range(n):
         x, y = axis - place[i, 0], axis[:, None] - place[i, 1]
         r, angle, image = np.hypot(x, y), np.arctan2(y, x) + turn[i], light[i] * grass
-        layers = []  # each with its colour, its brightness and its edge, a radius
-        for scale, shift, shade in ((1, 0, 0.85), (inner[i], np.pi, 1.05)):  # a wreath, and a smaller one before it
+        layers = []  # of each the colour, the brightness and the radius of its edge
+        for scale, shift, shade in ((1, 0, 0.85), (inner[i], np.pi, 1.05)):  # a ring of petals, a smaller one in front
             bump = np.abs(np.cos((petals[i] * angle + shift) / 2)) ** shape[i]  # 1 along a petal, 0 between two
             edge = scale * radius[i] * (0.35 + 0.65 * bump)
             layers.append((tint[i], shade * (0.55 + 0.45 * bump * np.minimum(r / edge, 1)), edge))
-        layers.append((np.array([225, 165, 40]), 1.15 - 2.7 * r / radius[i], 0.22 * radius[i]))  # the heart
+        layers.append((np.array([225, 165, 40]), 1.15 - 2.7 * r / radius[i], 0.22 * radius[i]))  # the centre
         for colour, brightness, edge in layers:
             cover = ((edge - r) * size / 2 + 0.5).clip(0, 1)[:, :, None]  # edges are soft, a pixel wide
             image += (brightness[:, :, None] * colour - image) * cover
@@ -266,8 +269,20 @@ def make_flowers(n, size, seed):
     return images, petals
 
 
+def count_petals(image):
+    """How many petals a flower (size, size, 3) uint8 shows: the number of bulges in its outline around its centre."""
+    red, green, blue = np.moveaxis(np.float32(image) + 1, -1, 0)
+    flower = (3 * np.maximum(red, blue) / green - 1.6).clip(0, 1)  # grass is green, petals are not
+    y, x = (axis - (axis * flower).sum() / max(flower.sum(), 1) for axis in np.indices(flower.shape))
+    far = (flower * np.hypot(y, x)).ravel()  # pixels further out count for more
+    k, turn = np.arange(3, 14), np.arange(360) * np.pi / 180
+    waves = np.exp(1j * np.outer(k, np.arctan2(y, x))) @ far  # 3 to 13 waves around the outline
+    out = (np.exp(-1j * np.outer(turn, k)) @ waves).real > 0.05 * far.sum()  # a disc has no bulges
+    return int((out & ~np.roll(out, 1)).sum())
+
+
 def load_cifar10():
-    """Images (N, 32, 32, 3) uint8 and labels (N,) of the training part, then of the test part; the classes' names."""
+    """Images (N, 32, 32, 3) uint8 and labels (N,) of the training set, then of the test set; the class names."""
     home = "https://www.cs.toronto.edu/~kriz https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10"
     file = "cifar-10-binary.tar.gz"
     path = fetch(file, "c32a1d4ab5d03f1284b67883e8d87530", *(f"{url}/{file}" for url in home.split()))
@@ -285,8 +300,8 @@ def load_cifar10():
 
 
 def open_image(path):
-    """An image file as an RGB image, the right way up, on white where it is transparent; else one line and the end."""
-    Image.MAX_IMAGE_PIXELS = 25_000_000  # of twice as many, which take 1 GB and more, Pillow makes an error
+    """Open an image file as RGB, upright, on white where it is transparent; ends the run if it can't be read."""
+    Image.MAX_IMAGE_PIXELS = 25_000_000  # above twice as many, which take 1 GB, Pillow raises an error
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -299,15 +314,15 @@ def open_image(path):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # Pillow has many words for a file that is broken
-        fail(f"{path} is no picture that can be read ({error}): take it away, or name a PNG or JPEG file")
+    except Exception as error:  # Pillow raises errors of many kinds for broken files
+        fail(f"{path} is no picture that can be read ({error}): remove it, or name a PNG or JPEG file")
 
 
 def read_folder(folder, size):
-    """The pictures of a folder, cut to squares of `size`: all but every tenth, numbers for labels; then the others."""
+    """The images of a folder, cropped to squares of `size`, numbered as labels; then every tenth, which is held out."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
     if len(files) < 2:
-        fail(f"--data {folder} is neither one of the sets that --help names nor a folder of 2 pictures or more")
+        fail(f"--data {folder} is neither one of the datasets in --help nor a folder of 2 images or more")
     images = np.stack([np.asarray(ImageOps.fit(open_image(file), (size, size))) for file in files])
     number, every = np.arange(len(files)), min(10, len(files))
     held = number % every == every - 1
@@ -323,7 +338,7 @@ def pixels(x):
 
 
 def in_parts(function, x, n=1000):
-    """function(x) for n rows of x at a time, so that a large set needs no large memory."""
+    """function(x) for n rows of x at a time, to save memory."""
     return np.concatenate([function(x[i : i + n]) for i in range(0, len(x), n)])
 
 
@@ -335,7 +350,7 @@ CAPTIONS = [f"{a} {b} {c} {d}" for a in SIZES for b in COLOURS for c in SHAPES f
 
 
 def draw_shape(caption, rng, size=32):
-    """What the caption says, (size, size, 3) uint8, with chance in its place, size, turn, hue and the background."""
+    """An image of the caption, (size, size, 3) uint8, with random place, size, turn, hue and background."""
     big, colour, shape, place = caption.split(" ", 3)
     r = rng.uniform(0.12, 0.15) if big == "small" else rng.uniform(0.22, 0.26)
     away = dict(zip(PLACES, ((-0.24, 0), (0.24, 0), (0, -0.24), (0, 0.24), (0, 0))))[place]
@@ -363,14 +378,14 @@ def draw_shape(caption, rng, size=32):
 
 
 def cover(image):
-    """How far each pixel of (size, size, 3) uint8 is from the ground's colour, numbers from 0 to 255 sqrt(3)."""
+    """How far each pixel of (size, size, 3) uint8 is from the background colour, numbers from 0 to 255 sqrt(3)."""
     edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     return np.linalg.norm(image - np.median(edge, 0), axis=-1)
 
 
 def outline(away):
-    """What a shape looks like wherever it is: the strengths of its waves, a unit vector."""
-    away = (away / max(np.quantile(away, 0.98), 1)).clip(0.2, 1)  # the ground has some noise
+    """What a shape looks like wherever it is: its Fourier magnitudes, a unit vector."""
+    away = (away / max(np.quantile(away, 0.98), 1)).clip(0.2, 1)  # the background has some noise
     waves = np.abs(np.fft.rfft2(away - 0.2)).ravel()
     return waves / max(np.linalg.norm(waves), 1e-9)
 
@@ -383,42 +398,41 @@ def outlines(size):
 
 
 def read_shape(image):
-    """What a picture (size, size, 3) uint8 shows: (size, colour, shape, place); the check on what was asked for."""
+    """What an image (size, size, 3) uint8 shows: (size, colour, shape, place), to compare with its caption."""
     away = cover(image)
     inside = away > max(away.max() / 2, 25)
     rows, columns = (np.argwhere(inside) + 0.5).T / len(image)
     if len(rows) < 4:
         return None, None, None, None
     y, x = rows.mean() - 0.5, columns.mean() - 0.5
-    radius = np.quantile(np.hypot(rows - rows.mean(), columns - columns.mean()), 0.97)
     hue = np.median(image[away > 0.8 * away.max()], 0)
     colour = min(COLOURS, key=lambda name: np.linalg.norm(COLOURS[name] - hue))
     nearest = (outlines(len(image)) @ outline(away)).argmax()
-    shape = CAPTIONS[nearest % len(CAPTIONS)].split()[2]
+    big, _, shape, _ = CAPTIONS[nearest % len(CAPTIONS)].split(" ", 3)
     if math.hypot(x, y) < 0.12:
         place = "in the middle"
     elif abs(x) > abs(y):
         place = "on the left" if x < 0 else "on the right"
     else:
         place = "at the top" if y < 0 else "at the bottom"
-    return SIZES[int(radius > 0.185)], colour, shape, place
+    return big, colour, shape, place
 
 
 def right(images, captions):
-    """The shares of pictures whose size, colour, shape and place are what the captions say, and of those with all."""
+    """The shares of images with the size, the colour, the shape and the place of their captions, and with all four."""
     same = np.array([np.equal(read_shape(x), caption.split(" ", 3)) for x, caption in zip(images, captions)])
     figures = dict(zip(("size", "colour", "shape", "place"), same.mean(0).tolist()))
     return figures | {"accuracy": float(same.all(1).mean())}
 
 
-# ---- how good the pictures made are ----------------------------------------------------------------------------------
+# ---- how good the generated images are -------------------------------------------------------------------------------
 
 
 class Judge:
-    """Says of which class pictures (N, H, W, C) uint8 are: filters cut out of pictures, then two layers that learn.
+    """Classifies images (N, H, W, C) uint8: fixed filters cut out of images, then two trained layers.
 
-    Learns from at most 10,000 pictures x of the classes y, with chance of its own, so that it is the same in all runs.
-    Where all are of one class nothing is to learn, and its features are sums drawn by chance of what the filters see.
+    Trained on at most 10,000 images x of the classes y, with a fixed seed, so that it is the same in all runs. If there
+    is only one class, nothing is trained, and its features are random sums of the filters' responses.
     """
 
     def __init__(self, x, y, n=800):
@@ -426,7 +440,7 @@ class Judge:
         some = self.look(x[:1000]).reshape(-1, 25 * x.shape[3])
         some = some[some.std(1) >= some.std(1).mean()]
         some = some[rng.integers(0, len(some), 32)].T
-        some = some - some.mean(0)  # an even surface says nothing
+        some = some - some.mean(0)  # so that flat areas give 0
         self.filters, self.mean, self.std = some / (np.linalg.norm(some, axis=0) + 1e-6), 0.0, 1.0
         h = self.look(x)
         self.mean, self.std = h.mean(0), h.std(0) + 1e-3 * h.std() + np.float32(1e-6)
@@ -434,7 +448,7 @@ class Judge:
         first = rng.standard_normal((h.shape[1], 64), np.float32) / np.float32(h.shape[1] ** 0.5)
         self.w = [first, *(np.zeros(size, np.float32) for size in (64, (64, target.shape[1]), target.shape[1]))]
         m, v = ([0 * w for w in self.w] for _ in range(2))
-        for step in range(1, n + 1):  # cross-entropy, half of the inputs left out, Adam
+        for step in range(1, n + 1):  # Adam on the cross-entropy, with half of the inputs dropped
             i = rng.integers(0, len(h), 100)
             x = 2 * h[i] * (rng.random((100, h.shape[1]), np.float32) > 0.5)
             p, z = self.classify(x)
@@ -446,8 +460,8 @@ class Judge:
                 self.w[j] -= np.float32(lr) * m[j] / (np.sqrt(v[j]) + np.float32(1e-8))
 
     def look(self, x):
-        """What each filter sees most of in each square of 4x4 places; before there are filters, all windows 5x5."""
-        (_, H, W, C), k = x.shape, -(-x.shape[1] // 32)  # large pictures are made smaller
+        """The largest response of each filter in each square of 4x4; before there are filters, all 5x5 windows."""
+        (_, H, W, C), k = x.shape, -(-x.shape[1] // 32)  # large images are scaled down
         x = x[:, : H // k * k, : W // k * k].reshape(-1, H // k, k, W // k, k, C).mean((2, 4), np.float32) / 255
         h, w = (x.shape[1] - 4) // 4, (x.shape[2] - 4) // 4
         windows = np.lib.stride_tricks.sliding_window_view(x[:, : 4 * h + 4, : 4 * w + 4], (5, 5), (1, 2))
@@ -458,7 +472,7 @@ class Judge:
         return (seen.reshape(len(x), -1) - self.mean) / self.std
 
     def classify(self, h):
-        """Probabilities (N, classes) and features (N, 64) of what look() gives."""
+        """Probabilities (N, classes) and features (N, 64) from the output of look()."""
         z = np.maximum(h @ self.w[0] + self.w[1], 0)
         s = z @ self.w[2] + self.w[3]
         e = np.exp(s - s.max(1, keepdims=True))
@@ -480,11 +494,11 @@ def frechet(a, b):
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(A) + np.trace(B) - 2 * both)
 
 
-# ---- points: a mixture of normal distributions, whose density and score are known however much noise is added --------
+# ---- points: a mixture of normal distributions, whose density and score are known at any noise level -----------------
 
 PARTS = np.array([(0.15, -1.1, 0.9, 0.12), (0.25, 0.9, 1.0, 0.2), (0.2, 0.1, -0.1, 0.1), (0.25, -0.8, -0.9, 0.25),
                   (0.15, 1.1, -0.8, 0.12)])  # share, mean x, mean y, deviation  # fmt: skip
-AXIS = (np.arange(120) + 0.5) / 16 - 3.75  # the middles of squares in the plane
+AXIS = (np.arange(120) + 0.5) / 16 - 3.75  # the midpoints of squares in the plane
 
 
 def draw_points(n, rng):
@@ -505,9 +519,9 @@ def on_grid(a):
 
 
 def fokker_planck(p, time):
-    """p on the grid, a `time` later, by small steps, as x moves by dx = -x/2 dtau + dW; where tau = -log a:
+    """p on the grid after `time`, in small steps, when x moves by dx = -x/2 dtau + dW, where tau = -log a:
 
-    dp/dtau = 1/2 (div(x p) + laplacian p). The drift draws to the middle, the noise spreads.
+    dp/dtau = 1/2 (div(x p) + laplacian p). The drift pulls to the centre, the noise spreads.
     """
     n = math.ceil(time / 0.0015)
     for _ in range(n):
@@ -525,18 +539,18 @@ def histogram(points):
 
 
 def variation(p, q, blocks=6):
-    """The total variation between densities on the grid, in blocks of squares: 0 the same, 1 they never meet."""
+    """The total variation distance of densities on the grid, over blocks of squares: 0 equal, 1 no overlap."""
     p, q = (a.reshape(120 // blocks, blocks, -1, blocks).sum((1, 3)) / 256 for a in (p, q))
     return float(np.abs(p - q).sum() / 2)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- plots -----------------------------------------------------------------------------------------------------------
 
 PAPER = 250
 
 
 def tile(x, columns, gap=0):
-    """Pictures (N, H, W, C) in rows of `columns` as one sheet (rows (H + gap), columns (W + gap), C) uint8."""
+    """Images (N, H, W, C), `columns` in a row, as one sheet (rows (H + gap), columns (W + gap), C) uint8."""
     N, H, W, C = x.shape
     sheet = np.full((-(-N // columns), columns, H + gap, W + gap, C), PAPER if gap else 0, np.uint8)
     sheet.reshape(-1, H + gap, W + gap, C)[:N, :H, :W] = pixels(x)
@@ -544,7 +558,7 @@ def tile(x, columns, gap=0):
 
 
 def draw_rows(parts, columns=12):
-    """Pictures in rows under captions: {caption: pictures (N, H, W, C)}."""
+    """Rows of images under captions: {caption: images (N, H, W, C)}."""
     scale = max(1, round(60 / next(iter(parts.values())).shape[1]))
     sheets = [tile(x.repeat(scale, 1).repeat(scale, 2), columns, gap=2) for x in parts.values()]
     image = Image.new("RGB", (sheets[0].shape[1] + 10, sum(len(sheet) + 28 for sheet in sheets) + 6), (PAPER,) * 3)
@@ -557,7 +571,7 @@ def draw_rows(parts, columns=12):
 
 
 def draw_captioned(x, captions, columns=4, side=188):
-    """Each picture (N, H, W, C) with its own caption below."""
+    """Each image (N, H, W, C) with its own caption below."""
     image = Image.new("RGB", (columns * side + 6, -(-len(x) // columns) * side + 6), (PAPER,) * 3)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
     for i, (picture, caption) in enumerate(zip(pixels(x), captions)):
@@ -569,11 +583,11 @@ def draw_captioned(x, captions, columns=4, side=188):
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
-T = 1000  # steps from picture to noise
+T = 1000  # steps from image to noise
 
 
 def noised(x, y, none, rng, shape=None):
-    """x, y, t and noise of a step; a tenth of y is not told but `none`, so that guidance has both."""
+    """x, y, t and noise of a step; a tenth of y is replaced by `none`, so that guidance has both."""
     t = rng.integers(1, T + 1, len(x))
     noise = rng.standard_normal(shape or x.shape, np.float32)
     told = rng.random((len(y), *[1] * (y.ndim - 1))) > 0.1
@@ -581,7 +595,7 @@ def noised(x, y, none, rng, shape=None):
 
 
 class Pictures(Task):
-    """Pictures of the class asked for; of a folder's pictures others like them."""
+    """Images of a requested class; for a folder of images, others like them."""
 
     def __init__(self, args, saved):
         self.args, unit = args, args.fold * 2 ** (len(args.widths) - 1)
@@ -591,16 +605,16 @@ class Pictures(Task):
             fail("--blind goes with --task inpaint")
         least = 28 if args.data in ("digits", "mnist") else 8
         if args.size < least or args.size % unit:
-            fail(f"--size must be {least} or more and a multiple of {unit}, for --fold and --widths halve it")
+            fail(f"--size must be {least} or more and a multiple of {unit}, as --fold and --widths halve it")
         self.x, self.y, self.test, self.test_y = self.load()
         n_class = int(self.y.max()) + 1
         self.n_class = n_class if n_class > 1 else 0
         self.config = dict(image=list(self.x.shape[1:]), n_class=self.n_class, T=T)
         self.extra = dict(digest=digest(self.x))
-        self.about = f"{args.data}: {len(self.x):,} pictures, {len(self.test):,} held out"
+        self.about = f"{args.data}: {len(self.x):,} images, {len(self.test):,} held out"
 
     def load(self):
-        """Pictures (N, H, W, C) uint8 and their classes to train on, then held-out ones."""
+        """Images (N, H, W, C) uint8 and their classes to train on, then held-out ones."""
         args, drawn = self.args, (self.args.count, max(500, self.args.count // 10))
         if args.data in IDX:
             arrays = load_idx(args.data)
@@ -617,8 +631,11 @@ class Pictures(Task):
             train, _, test, _ = read_folder(args.data, args.size)
             arrays = train, np.zeros(len(train), int), test, np.zeros(len(test), int)
         x, y, test, test_y = arrays
+        side, edge = 28 if x.ndim == 3 else args.size, (args.size - 28) // 2
+        sizes = x.shape[1:3] == (side, side) and x.shape[1:] == test.shape[1:] and 0 < len(x) == len(y)
+        if not (sizes and 0 < len(test) == len(test_y) and test_y.max() <= y.max() < 10):
+            fail(f"the files of --data {args.data} do not fit together: delete them, and they will be downloaded again")
         if x.ndim == 3:
-            edge = (args.size - 28) // 2
             x, test = (np.pad(a, ((0, 0), (edge, edge), (edge, edge)))[..., None] for a in (x, test))
         return x, np.int64(y), test, np.int64(test_y)
 
@@ -633,7 +650,7 @@ class Pictures(Task):
         return trainer.evaluate(*arrays)
 
     def draw(self, trainer, y, rng, **more):
-        """Pictures on the way from noise, (keep, N, H, W, C), from about 0 to 1."""
+        """Images at `keep` stages of sampling, (keep, N, H, W, C), from about 0 to 1."""
         options = dict(sampler=self.args.sampler, steps=self.args.sample_steps, guidance=self.args.guidance)
         if not self.n_class:
             options["guidance"] = 1.0
@@ -642,41 +659,44 @@ class Pictures(Task):
     def report(self, trainer):
         args, rng, n = self.args, np.random.default_rng((self.args.seed, 8)), max(self.n_class, 1)
         columns = n if n > 6 else 12
-        y = np.arange(columns * 4) % n
-        way = self.draw(trainer, y[:columns], rng, keep=4)
+        way = self.draw(trainer, np.arange(columns) % n, rng, keep=4)
         done = [round((i + 1) * args.sample_steps / len(way)) for i in range(len(way))]
         parts = {f"after {n} of {args.sample_steps} steps": x for n, x in zip(done, way)}
-        name = f"class by class, guidance {args.guidance:g}" if self.n_class else "others"
-        figures, x = self.scored(trainer, rng) if self.n_class else ({}, self.draw(trainer, y, rng)[-1])
-        parts[name] = x[: len(y)]
+        figures, x = self.scored(trainer, rng, 300 if self.n_class else 100)
+        parts[f"class by class, guidance {args.guidance:g}" if self.n_class else "others"] = x[: columns * 4]
         if self.n_class and args.guidance != 1:
-            parts["without guidance"] = self.draw(trainer, y[:columns], rng, guidance=1.0)[-1]
-        parts["real pictures"] = floats(self.test[:columns])
-        # an upper bound in bits for each number of a picture whose class is told, by a chain of 50 steps
+            parts["without guidance"] = self.draw(trainer, np.arange(columns) % n, rng, guidance=1.0)[-1]
+        parts["real images"] = floats(self.test[:columns])
+        # an upper bound in bits per dimension of an image of known class, from a chain of 50 steps
         figures["bits"] = trainer.bound(floats(self.test[:50]) * 2 - 1, self.test_y[:50], rng)
         draw_rows(parts, columns).save(args.out / "sample.png", optimize=True)
         return figures, ["sample.png"]
 
     def judged(self, x, y):
-        """{"accuracy", the share of pictures x of the class y; "judge", the same of held-out ones}; and features."""
-        judge, test, test_y = Judge(self.x, self.y), self.test[:2000], self.test_y[:2000]
-        (p, features), (real_p, real) = judge(pixels(x)), judge(test)
-        figures = {"accuracy": (p.argmax(1) == y).mean(), "judge": (real_p.argmax(1) == test_y).mean()}
-        return figures, features, real
+        """Figures of images x of the classes y; the judge's features of them, and of real ones."""
+        judge, (real, real_y) = Judge(self.x, self.y), (self.test, self.test_y) if self.n_class else (self.x, self.y)
+        x, real, real_y = pixels(x), real[:2000], real_y[:2000]
+        (p, made), (real_p, features) = judge(x), judge(real)
+        figures = {"accuracy": (p.argmax(1) == y).mean(), "judge": (real_p.argmax(1) == real_y).mean()}
+        if self.args.data == "flowers":  # 4 to 9 petals: the counted ones, and how good the counter is
+            figures["petals"], figures["counter"] = (
+                np.mean([count_petals(image) == n + 4 for image, n in zip(*part)]) for part in ((x, y), (real, real_y))
+            )
+        return figures, made, features
 
-    def scored(self, trainer, rng, n=300):
-        """Figures of n pictures, classes in turn; and the pictures."""
-        y = np.arange(n) % self.n_class
+    def scored(self, trainer, rng, n):
+        """Figures of n images, with the classes in turn; and the images."""
+        y = np.arange(n) % max(self.n_class, 1)
         x = in_parts(lambda y: self.draw(trainer, y, rng)[-1], y, 250)
         figures, made, real = self.judged(x, y)
-        return figures | {"frechet": frechet(real, made)}, x
+        return (figures if self.n_class else {}) | {"frechet": frechet(real, made)}, x
 
 
 class Inpaint(Pictures):
-    """The same network makes pictures with a hole whole. It is told the class of each, but for --blind."""
+    """The same network fills holes in images. It is given the class of each, unless --blind."""
 
     def holes(self, n):
-        """Masks (n, size, size, 1): 1 where the picture is known; a square of half its height is missing somewhere."""
+        """Masks (n, size, size, 1): 1 where the image is known; a square of half its height is missing somewhere."""
         size, rng = self.x.shape[1], np.random.default_rng((self.args.seed, 6))
         masks = np.ones((n, size, size, 1), np.float32)
         for mask, (i, j) in zip(masks, rng.integers(size // 8, size - size // 2 - size // 8 + 1, (n, 2))):
@@ -689,21 +709,21 @@ class Inpaint(Pictures):
         known = dict(known=whole * 2 - 1, mask=mask)
         told = np.full_like(y, self.n_class) if self.args.blind else y
         x = self.draw(trainer, told, rng, sampler="repaint", **known)[-1]
-        parts = {"with a hole": whole * mask + 0.5 * (1 - mask), "made whole": x, "as they were": whole}
+        parts = {"with a hole": whole * mask + 0.5 * (1 - mask), "filled": x, "originals": whole}
         draw_rows(parts).save(self.args.out / "sample.png", optimize=True)
         figures = self.judged(x, y)[0] if self.n_class else {}
         return figures | {"changed": float((np.abs(x - whole) * mask).max())}, ["sample.png"]  # of what is known
 
 
 class Text(Task):
-    """Pictures of what a text says, in the latents of an autoencoder; 64 combinations of words are held out."""
+    """Images for a text, in the latents of an autoencoder; 64 combinations of words are held out."""
 
     words = ["", *sorted(set(" ".join(CAPTIONS).split()))]
 
     def __init__(self, args, saved):
         self.args, unit, asked = args, args.fold * 2 ** (len(args.widths) - 1) * 4, (args.prompt or "").split()
         if args.size < 8 or args.size % unit:
-            fail(f"--size must be 8 or more and a multiple of {unit}, for --fold and --widths halve it")
+            fail(f"--size must be 8 or more and a multiple of {unit}, as --fold and --widths halve it")
         if args.data != "digits":
             fail("--data goes with --task pictures and inpaint: text makes its own")
         if args.blind:
@@ -718,9 +738,10 @@ class Text(Task):
             np.stack([draw_shape(CAPTIONS[i], rng, args.size) for i in part]) for part in (ids, test)
         )
         self.y, self.test_y = (self.encode(CAPTIONS[i] for i in part) for part in (ids, test))
-        first = saved["config"]["first"] if saved else args.steps // 5  # steps in which the autoencoder learns
-        self.config = dict(image=[args.size, args.size, 3], n_class=0, vocab_size=len(self.words), length=6, latent=4)
-        self.config |= dict(first=first, T=T)
+        # the autoencoder: its channels, and the first steps, in which it learns
+        there = saved["config"] if saved else dict(latent=16, first=args.steps // 3)
+        self.config = dict(image=[args.size, args.size, 3], n_class=0, vocab_size=len(self.words), length=6, T=T)
+        self.config |= {name: there[name] for name in ("latent", "first")}
         self.extra = dict(digest=digest(self.x))
         self.about = f"{len(known)} combinations of words, {len(self.new)} held out"
 
@@ -729,7 +750,8 @@ class Text(Task):
         return np.array([row + [0] * (6 - len(row)) for row in rows])
 
     def noised(self, x, y, rng):
-        return noised(floats(x) * 2 - 1, y, 0, rng, (len(x), self.args.size // 4, self.args.size // 4, 4))
+        side = self.args.size // 4
+        return noised(floats(x) * 2 - 1, y, 0, rng, (len(x), side, side, self.config["latent"]))
 
     def batch(self, step):
         rng = np.random.default_rng((self.args.seed, step, 2))
@@ -746,6 +768,7 @@ class Text(Task):
         x = trainer.sample(self.encode(drawn), rng, **options)[-1] / 2 + 0.5
         some = sorted(range(64), key=lambda i: drawn[i].split()[2])[::4]  # of all six shapes
         figures, x, shown = right(pixels(x), drawn), x[some], [drawn[i] for i in some]
+        figures["judge"] = right(self.test[: len(drawn)], drawn)["accuracy"]
         if args.prompt:
             shown = [args.prompt] * 8
             x = trainer.sample(self.encode(shown), rng, **options)[-1] / 2 + 0.5
@@ -781,7 +804,7 @@ class Toy(Task):
         return figures | self.score_error(trainer), ["sample.png"]
 
     def look(self, trainer, rng, n=3000, columns=5):
-        """Figures; and {caption: pictures (columns + 1, 120, 120, 1)} of densities, with time from left to right."""
+        """Figures; and {caption: images (columns + 1, 120, 120, 1)} of densities, with time from left to right."""
         a, levels = trainer.model.a, np.linspace(0, T, columns + 1).round().astype(int)
         true = [on_grid(a[t]) for t in levels]
         flow, points = [true[0]], draw_points(n, rng)
@@ -791,10 +814,10 @@ class Toy(Task):
             for ratio in a[s + 1 : t + 1] / a[s:t]:  # 1 - beta
                 points = math.sqrt(ratio) * points + math.sqrt(1 - ratio) * rng.standard_normal((n, 2))
             chain.append(histogram(points))
-        rows = {"the density, in closed form": true, "by the equation of Fokker and Planck": flow}
+        rows = {"the density, in closed form": true, "by the Fokker-Planck equation": flow}
         rows["points, noised"] = chain
         figures = {"fokker_planck": max(variation(p, q, 1) for p, q in zip(true, flow))}
-        figures |= {"sample": variation(histogram(draw_points(n, rng)), true[0])}  # n true points: none gets closer
+        figures |= {"sample": variation(histogram(draw_points(n, rng)), true[0])}  # n true points: the best possible
         for name, sampler in (("SDE", "ddpm"), ("ODE", "heun"), ("Langevin", "langevin")):
             steps = self.args.sample_steps
             path = trainer.sample(np.zeros(n, int), rng, sampler, steps, keep=columns)[:, :, 0, 0]

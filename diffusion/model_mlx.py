@@ -1,20 +1,20 @@
 """Denoising diffusion (DDPM) and a small Stable Diffusion in MLX.
 
-    picture x (B, H, W, C) -> noised x_t -> UNet(x_t, t, y) -> the noise in it, or v -> x_0, step by step
+    image x (B, H, W, C) -> noisy x_t -> UNet(x_t, t, y) -> the noise in it, or v -> x_0, step by step
 
-The forward process is a Markov chain that needs no learning: T steps, each of which adds a little noise,
+The forward process is a fixed Markov chain: T steps, each of which adds a little noise,
     q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I)
 so that with a_t = (1 - beta_1) ... (1 - beta_t), called alpha_bar in the paper,
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, eps ~ N(0, I)
-and x_T is noise alone. A step back, if x_0 were known, would be Gaussian too, for any s < t and a_ts = a_t / a_s:
+and x_T is pure noise. A step back, if x_0 were known, would be Gaussian too, for any s < t and a_ts = a_t / a_s:
     q(x_s | x_t, x_0) = N(mu, sigma^2 I), sigma^2 = (1 - a_ts) (1 - a_s) / (1 - a_t)
     mu = sqrt(a_s) (1 - a_ts) / (1 - a_t) x_0 + sqrt(a_ts) (1 - a_s) / (1 - a_t) x_t
-The network guesses x_0 from x_t, by way of eps or of v = sqrt(a_t) eps - sqrt(1 - a_t) x_0, which gives x_0 as
+The network guesses x_0 from x_t, by predicting eps or v = sqrt(a_t) eps - sqrt(1 - a_t) x_0, which gives x_0 as
     x_0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t) = sqrt(a_t) x_t - sqrt(1 - a_t) v
 and p(x_s | x_t) = q(x_s | x_t, the guess). This bounds the likelihood, with E_t over x_t ~ q(x_t | x_0), -log p(x_0) <=
     KL(q(x_T | x_0) | N(0, I)) + sum over t > 1 of E_t KL(q(x_t-1 | x_t, x_0) | p(x_t-1 | x_t)) - E_1 log p(x_0 | x_1)
 Two Gaussians of one sigma: KL = |mu - mu'|^2 / (2 sigma^2) = (snr_t-1 - snr_t) / 2 |x_0 - guess|^2, snr = a / (1 - a).
-The simple loss has other weights: |eps - guess|^2 is snr_t times |x_0 - guess|^2, and that of v (snr_t + 1) times.
+The simple loss has other weights: |eps - guess|^2 is snr_t times |x_0 - guess|^2, and for v (snr_t + 1) times.
 The best guess of eps is the score too, the slope of the log of the density:
     grad log p_t(x_t) = -E[eps | x_t] / sqrt(1 - a_t)
 
@@ -28,7 +28,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # full float32 on CUDA and Apple M5 too; read on import
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,18 +39,18 @@ from mlx.utils import tree_flatten, tree_unflatten
 @dataclass
 class Config:
     image: tuple = (28, 28, 1)  # height, width, channels
-    fold: int = 2  # squares of fold x fold pixels become channels: a quarter of the places, four times as fast
-    widths: tuple = (32, 64)  # channels at each level; one level down there are half as many rows and columns
-    n_class: int = 10  # y is a class, n_class where it isn't told; 0: y is always 0
-    vocab_size: int = 0  # y is a text in this many words, all 0 where it isn't told; 0: no text
-    length: int = 8  # words of a text, filled up with 0
+    fold: int = 2  # squares of fold x fold pixels become channels; 2: a quarter of the places, four times as fast
+    widths: tuple = (32, 64)  # channels at each level; each level down halves the rows and columns
+    n_class: int = 10  # y is a class, or n_class for none; 0: y is always 0
+    vocab_size: int = 0  # y is a text in this many words, or all 0 for none; 0: no text
+    length: int = 8  # words of a text, padded with 0
     latent: int = 0  # channels of the autoencoder's latents, in which the diffusion takes place; 0: in pixels
     first: int = 0  # the first steps of training are the autoencoder's
     net: str = "unet"  # unet, or mlp for points, (1, 1, C)
     predict: str = "v"  # v or noise
     schedule: str = "cosine"  # cosine or linear
-    T: int = 1000  # steps from picture to noise
-    ema: float = 0.995  # pictures come from an average of the weights
+    T: int = 1000  # steps from image to noise
+    ema: float = 0.995  # images come from an average of the weights
 
     def __post_init__(self):
         if self.widths[0] % 2:
@@ -71,7 +71,7 @@ class Conv(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Eight groups of channels, each brought to mean 0 and variance 1 in each picture; x (B, H, W, n)."""
+    """Eight groups of channels, each normalised to mean 0 and variance 1 in each image; x (B, H, W, n)."""
 
     def __init__(self, n):
         super().__init__(math.gcd(8, n), n, pytorch_compatible=True)
@@ -87,7 +87,7 @@ def fold(x, k):
 
 
 def unfold(x, k):
-    """The way back: (B, H, W, k k C) -> (B, H k, W k, C)."""
+    """The inverse: (B, H, W, k k C) -> (B, H k, W k, C)."""
     B, H, W, C = x.shape
     return x.reshape(B, H, W, k, k, C // k // k).transpose(0, 1, 3, 2, 4, 5).reshape(B, H * k, W * k, C // k // k)
 
@@ -114,7 +114,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each place of x (B, N, n) looks at all places, or at the words of a context (B, L, n_context)."""
+    """Each place of x (B, N, n) attends to all places, or to the words of a context (B, L, n_context)."""
 
     def __init__(self, n, n_context):
         super().__init__()
@@ -201,7 +201,7 @@ class MLP(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Pictures to latents with a quarter of the rows and columns, and back."""
+    """Images to latents with a quarter of the rows and columns, and back."""
 
     def __init__(self, config, n=32):
         super().__init__()
@@ -210,7 +210,7 @@ class Autoencoder(nn.Module):
         self.dec1, self.dec2, self.dec3 = Conv(latent, 2 * n), Conv(2 * n, 4 * n), Conv(n, 4 * C)
 
     def encode(self, x):
-        """x (B, H, W, C) -> z (B, H/4, W/4, latent), of mean 0 and variance 1 in each picture, as the noise will be."""
+        """x (B, H, W, C) -> z (B, H/4, W/4, latent), of mean 0 and variance 1 in each image, as the noise will be."""
         z = self.enc3(nn.silu(self.enc2(fold(nn.silu(self.enc1(fold(x, 2))), 2))))
         return mx.fast.layer_norm(z.flatten(1), None, None, 1e-5).reshape(z.shape)
 
@@ -235,8 +235,8 @@ class Diffusion(nn.Module):
 def alpha_bars(config):
     """a_0 = 1, a_1 ... a_T, numpy.
 
-    The cosine's ends at 2e-9: there x_0 by way of eps would be wrong by 20,000 times the error of eps. Sampling begins
-    where a_t > 1e-3, at most 31 times; a picture there is noise but for a thirtieth.
+    The cosine schedule ends at 2e-9: there x_0 from eps would have 20,000 times the error of eps. Sampling begins where
+    a_t > 1e-3, with at most 31 times the error; an image there is noise except for a thirtieth.
     """
     if config.schedule == "linear":
         beta = np.linspace(1e-4, 0.02, config.T) * 1000 / config.T
@@ -253,7 +253,7 @@ def coefficients(model, t):
 
 
 def loss_fn(model, x, y, t, noise):
-    """The simple loss for x, noise (B, H, W, C), y, t (B,): that of a denoising autoencoder, for all strengths."""
+    """The simple loss for x, noise (B, H, W, C), y, t (B,): that of a denoising autoencoder, for all noise levels."""
     if model.config.latent:
         x = mx.stop_gradient(model.autoencoder.encode(x))
     alpha, sigma = coefficients(model, t)
@@ -263,15 +263,15 @@ def loss_fn(model, x, y, t, noise):
 
 
 def autoencoder_loss(model, x, y, t, noise):
-    """The autoencoder's: its latents get a little noise, so that close latents become close pictures."""
+    """The autoencoder's: its latents get a little noise, so that similar latents become similar images."""
     z = model.autoencoder.encode(x)
     return ((model.autoencoder.decode(z + 0.1 * noise) - x) ** 2).mean()
 
 
 def guess(model, x, t, y, none=None, guidance=1.0):
-    """What x_t (B, H, W, C) was made of, as the net says: (x_0, eps). t is a number.
+    """The network's estimate of what x_t (B, H, W, C) was made of: (x_0, eps). t is a number.
 
-    Guided, the step goes on from what it says without y to what it says with it, and beyond if guidance > 1.
+    Guidance goes from the output without y towards that with y, and beyond it if guidance > 1.
     """
     config, a = model.config, float(model.a[t])
     alpha, sigma = a**0.5, (1 - a) ** 0.5
@@ -294,7 +294,7 @@ def posterior(a, t, s):
 
 
 def bound_term(model, x, y, t, s, noise):
-    """The bound's term for the step from t to s, numbers, in nats for each picture (B,): KL(q(x_s | x_t, x_0) | p).
+    """The bound's term for the step from t to s, numbers, in nats for each image (B,): KL(q(x_s | x_t, x_0) | p).
 
     For s = 0 it is -log p(x_0 | x_t), where each pixel is one of 256 and p normal, N(the guess, (1 - a_t) / a_t).
     """
@@ -318,7 +318,7 @@ def ddpm(guess, x, ts, a, noise):
 
 
 def ddim(guess, x, ts, a, noise):
-    """The same guess, but the noise it saw is kept in its share: x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps."""
+    """The same guess, but with the predicted noise kept: x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps."""
     for t, s in zip(ts, ts[1:]):
         x_0, eps = guess(x, t)
         x = float(a[s] ** 0.5) * x_0 + float((1 - a[s]) ** 0.5) * eps
@@ -328,8 +328,8 @@ def ddim(guess, x, ts, a, noise):
 def heun(guess, x, ts, a, noise):
     """The probability-flow ODE. With sqrt(a) = cos(phi), x = cos(phi) x_0 + sin(phi) eps, it is dx/dphi = v.
 
-    The trapezoid's rule: v at the end of a step is found by Euler's, and the step made with the mean of both: the
-    network is called twice a step.
+    The trapezoidal rule: an Euler step finds v at the end of a step, which is then made with the mean of both v: the
+    network is called twice per step.
     """
 
     def velocity(x, t):
@@ -339,12 +339,12 @@ def heun(guess, x, ts, a, noise):
     phi = np.arccos(np.sqrt(a))
     for t, s in zip(ts, ts[1:]):
         v, h = velocity(x, t), float(phi[s] - phi[t])
-        x = x + h * (v + velocity(x + h * v, s or 1)) / 2  # at 0 there is no noise to name
+        x = x + h * (v + velocity(x + h * v, s or 1)) / 2  # at 0 there is no noise to predict
         yield x
 
 
 def langevin(guess, x, ts, a, noise, inner=6, r=0.5):
-    """Langevin's chain at each level: x + h/2 score + sqrt(h) z, by which any x ends in the density of the score."""
+    """Langevin dynamics at each level: x + h/2 score + sqrt(h) z, which turns any x into a sample of the density."""
     for t, s in zip(ts, ts[1:]):
         h = float(r * (1 - a[t]))
         for _ in range(inner):
@@ -355,7 +355,7 @@ def langevin(guess, x, ts, a, noise, inner=6, r=0.5):
 
 
 def repaint(guess, x, ts, a, noise, known, mask, again=5):
-    """DDPM in the hole, mask = 0; the known pixels, mask = 1, are noised as much. Back and again, for them to agree."""
+    """DDPM in the hole, mask = 0; known pixels, mask = 1, get as much noise. Steps are repeated, so that they agree."""
     for t, s in zip(ts, ts[1:]):
         of_0, of_t, var = posterior(a, t, s)
         for i in range(again if s else 1):
@@ -374,7 +374,7 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "heun": heun, "langevin": langevin, "rep
 
 
 def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
-    """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
+    """Loshchilov & Hutter 2019: Adam, with weight decay applied directly to the weights."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     v_hat = v / (1 - beta2**t)
@@ -382,20 +382,20 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 
 
 def muon(p, g, m, lr, weight_decay, beta=0.9):
-    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
     """
     m = beta * m + (1 - beta) * g
-    update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum as it will be one step on
+    update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum one step ahead
     return p * (1 - lr * weight_decay) - lr * 0.2 * max(p.shape) ** 0.5 * update, m
 
 
 def orthogonalize(g):
-    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+    """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (mx.linalg.norm(x) + 1e-7)
@@ -411,13 +411,13 @@ def orthogonalize(g):
 
 
 def to_numpy(model, arrays):
-    """What there is for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), torch's way."""
+    """One array for each parameter, {name: array}, as numpy; filters as (n_out, n_in, k, k), as in torch."""
     convs = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
     return {name: np.array(a.transpose(0, 3, 1, 2) if name in convs else a) for name, a in arrays.items()}
 
 
 def from_numpy(model, arrays):
-    """The way back. Raises ValueError where an array is missing or has not the shape of its parameter."""
+    """The inverse. Raises ValueError if an array is missing or does not have the shape of its parameter."""
     if missing := [name for name, _ in tree_flatten(model.parameters()) if name not in arrays]:
         raise ValueError(f"{missing[0]} is missing")
     convs = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
@@ -434,7 +434,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Put {name: numpy array} in place of the model's parameters."""
+    """Replace the model's parameters by {name: numpy array}."""
     model.update(tree_unflatten(list(from_numpy(model, weights).items())))
 
 
@@ -443,7 +443,7 @@ def embedding(name):
 
 
 def init_weights(model, seed):
-    """N(0, 1/fan_in), embeddings N(0, 1); where a block ends a tenth of the deviation, so that each is nearly the
+    """N(0, 1/fan_in), embeddings N(0, 1); the last layer of a block a tenth of this, so that each is nearly the
     identity. Norms 1, biases 0."""
     rng, weights = np.random.default_rng(seed), get_weights(model)
     for name, w in sorted(weights.items()):
@@ -474,33 +474,33 @@ class Trainer:
         self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
 
     def arrays(self, x, y, *more):
-        """Numpy to the framework. y is checked first: MLX would read past the end of an array without a word."""
+        """Numpy to the framework. y is checked first: MLX would silently read past the end of an array."""
         if not 0 <= y.min() <= y.max() < (self.config.vocab_size or self.config.n_class + 1):
             raise ValueError("a class or a word of y is outside the model's")
         return [mx.array(a) for a in (x, y, *more)]
 
     def phase(self):
-        """What learns now: the first part of its parameters' names, and its loss."""
+        """What is trained now: the prefix of its parameters' names, and its loss."""
         return ("autoencoder.", autoencoder_loss) if self.t < self.config.first else ("unet.", loss_fn)
 
     def step(self, x, y, t, noise, lr):
         """One update on x (B, H, W, C) from -1 to 1, y (B,) or (B, length), t (B,) from 1 to T, noise as x or latents.
 
-        Returns {"loss"}, the one before the update. Matrices go by Muon, all else by AdamW.
+        Returns {"loss"}, the one before the update. Matrices are updated by Muon, the rest by AdamW.
         """
         x, y, t, noise = self.arrays(x, y, t, noise)
         part, of = self.phase()
         loss, grads = nn.value_and_grad(self.model, lambda: of(self.model, x, y, t, noise))()
         self.t += 1
-        n = self.t - (self.config.first if part == "unet." else 0)  # steps that this part has learned
-        keep = min(self.config.ema, n / (n + 10))  # at first the average is of few steps
+        n = self.t - (self.config.first if part == "unet." else 0)  # steps of this part
+        keep = min(self.config.ema, n / (n + 10))  # at first, average over fewer steps
         grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
         average = dict(tree_flatten(self.average.parameters()))
         for name, p in params.items():
             if not name.startswith(part):
                 continue
             g, m, v = grads[name], self.m[name], self.v[name]
-            if p.ndim > 1 and not embedding(name):  # of filters a matrix with a row for each
+            if p.ndim > 1 and not embedding(name):  # filters: a matrix with a row for each
                 p_m = muon(p.flatten(1), g.flatten(1), m.flatten(1), lr, 0.0)
                 params[name], self.m[name] = (a.reshape(p.shape) for a in p_m)
             else:
@@ -508,15 +508,17 @@ class Trainer:
             average[name] = average[name] + (1 - keep) * (params[name] - average[name])
         self.model.update(tree_unflatten(list(params.items())))
         self.average.update(tree_unflatten(list(average.items())))
-        mx.eval(loss, params, average, self.m, self.v)  # MLX is lazy: here the step is computed
+        mx.eval(loss, params, average, self.m, self.v)  # MLX is lazy: the step is computed here
+        if self.t == self.config.first:  # the latents to learn are those of the average, which is to decode them
+            self.model.update(self.average.parameters())
         return {"loss": loss}
 
     def evaluate(self, x, y, t, noise):
-        """{"val_loss"} of the average of the weights: the autoencoder's as long as it learns."""
+        """{"val_loss"} of the average of the weights: the autoencoder's while that is trained."""
         return {"val_loss": self.phase()[1](self.average, *self.arrays(x, y, t, noise))}
 
     def bound(self, x, y, rng, steps=50):
-        """Upper bound on -log2 p(x | y), in bits for each number of x (B, H, W, C), for a chain of `steps` of the T."""
+        """Upper bound on -log2 p(x | y), in bits per dimension of x (B, H, W, C), for a chain of `steps` of the T."""
         a, (x, y) = float(self.model.a[-1]), self.arrays(x, y)
         ts = np.unique(np.append(0, np.geomspace(1, self.config.T, steps).round().astype(int)))
         total = 0.5 * (a * x**2 - a - math.log(1 - a)).sum()  # KL(q(x_T | x_0) | N(0, I))
@@ -526,12 +528,12 @@ class Trainer:
         return float(total) / math.log(2) / math.prod(x.shape)
 
     def denoise(self, x, y, t):
-        """x_t (B, H, W, C), y, t a number -> what it was made of: x_0 and eps, numpy."""
+        """x_t (B, H, W, C), y, t a number -> the estimates of x_0 and eps, numpy."""
         x, y = self.arrays(x, y)
         return [np.array(a) for a in guess(self.average, x, t, y)]
 
     def sample(self, y, rng, sampler="ddim", steps=50, guidance=1.0, keep=1, **more):
-        """y (B,) or (B, length), a numpy generator -> pictures on the way from noise, numpy (keep, B, H, W, C)."""
+        """y (B,) or (B, length), a numpy generator -> images at `keep` stages of sampling, numpy (keep, B, H, W, C)."""
         (H, W, C), n = self.config.image, self.config.latent
         shape = (len(y), H // 4, W // 4, n) if n else (len(y), H, W, C)
         y, none = self.arrays(y, np.full_like(y, self.config.n_class if not self.config.vocab_size else 0))
@@ -552,7 +554,7 @@ class Trainer:
         return np.array(mx.stack(kept))
 
     def save(self, path, step, **extra):
-        """Weights, average, moments, step, config and what train.py wants to remember, to one .npz: all or nothing."""
+        """Weights, average, moments, step, config and what train.py adds, to one .npz: all or nothing."""
         arrays = get_weights(self.model)
         arrays |= {f"average.{name}": a for name, a in get_weights(self.average).items()}
         for kind, moments in (("m", self.m), ("v", self.v)):
@@ -563,7 +565,7 @@ class Trainer:
         os.replace(f"{path}.part", path)
 
     def load(self, path):
-        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        """Load what save wrote, in either framework; returns the step to continue from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
 

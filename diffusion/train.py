@@ -7,8 +7,8 @@
 Tasks: pictures (of the class asked for); inpaint (the same net makes pictures with a hole whole, told their class but
 for --blind); text (pictures of a text, in the latents of an autoencoder); toy (points, whose score is known).
 Figures: accuracy (the share of pictures that a small classifier takes for the class asked for), judge (the share of
-real ones on which it is right), frechet (the Fréchet distance in its features), bits (at most so many for each
-number of a picture whose class is told).
+real ones on which it is right), petals and counter (likewise, of flowers whose petals are counted), frechet (the
+Fréchet distance in the judge's features), bits (at most so many for each number of a picture whose class is told).
 --data: digits or flowers (synthetic), mnist, cifar10, or your own folder of pictures.
 """
 
@@ -32,7 +32,7 @@ except ImportError as error:
     sys.exit(print(f"train.py: {error}: pip install numpy pillow", file=sys.stderr) or 2)
 
 MODEL = "diffusion"
-DEFAULTS = {  # of the flags, task by task
+DEFAULTS = {  # of the flags, for each task
     "pictures": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], fold=2, guidance=2.0, sample_steps=50),
     "inpaint": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], fold=2, guidance=2.0, sample_steps=50),
     "text": dict(steps=2000, batch_size=32, lr=0.01, widths=[64, 128], fold=1, guidance=2.0, sample_steps=30),
@@ -41,43 +41,43 @@ DEFAULTS = {  # of the flags, task by task
 
 
 def defaults(asked):
-    """What the flags are that are not given."""
+    """The values of flags that are not given."""
     grey = asked.data in ("digits", "mnist") and asked.task != "text"
     return DEFAULTS[asked.task] | dict(size=28 if grey else 32)
 
 
 def read_args():
-    """The command line; and with --resume what the checkpoint remembers, else None."""
+    """Parse the command line: the arguments and, with --resume, the checkpoint's metadata, else None."""
     apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
-    add = parser.add_argument_group("kept in the checkpoint; --resume refuses others").add_argument
+    add = parser.add_argument_group("saved in the checkpoint; fixed when resuming").add_argument
     fixed = [
-        add("--task", choices=TASKS, default="pictures", help="what there is to learn"),
+        add("--task", choices=TASKS, default="pictures", help="what to train"),
         add("--data", default="digits", help="digits, flowers, mnist, cifar10 or a folder"),
-        add("--count", type=within("[100, inf)", int), default=10000, help="digits, flowers or shapes to make"),
-        add("--size", type=within("[8, 4096]", int), help="height and width: 28 or more of digits and mnist"),
+        add("--count", type=within("[100, inf)", int), default=10000, help="how many digits, flowers or shapes"),
+        add("--size", type=within("[8, 4096]", int), help="height and width; digits and mnist: 28 or more"),
         add("--widths", type=within("[1, 65536]", int), nargs="+", help="channels of each level of the U-Net"),
         add("--fold", type=within("[1, 64]", int), help="squares of this side become channels"),
-        add("--predict", choices=["v", "noise"], default="v", help="what the network says of a noised picture"),
+        add("--predict", choices=["v", "noise"], default="v", help="what the network predicts of a noisy image"),
         add("--schedule", choices=["cosine", "linear"], default="cosine", help="how the noise grows with t"),
     ]
-    add = parser.add_argument_group("kept too; --resume takes others").add_argument
+    add = parser.add_argument_group("saved too; may change when resuming").add_argument
     kept = [
-        add("--ema", type=within("[0, 1)"), default=0.99, help="how slowly the average of the weights moves"),
-        add("--steps", type=within("[0, inf)", int), help="0: only evaluate and draw"),
-        add("--batch-size", type=within("[1, 65536]", int), help="pictures of a step"),
-        add("--lr", type=within("(0, inf)"), help="highest rate, after 50 steps; falls to 0 in the second half"),
-        add("--seed", type=within("[0, 4294967295]", int), default=0, help="of weights, data, batches, samples"),
+        add("--ema", type=within("[0, 1)"), default=0.99, help="decay of the average of the weights"),
+        add("--steps", type=within("[0, inf)", int), help="0: only evaluate and sample"),
+        add("--batch-size", type=within("[1, 65536]", int), help="images per step"),
+        add("--lr", type=within("(0, inf)"), help="peak rate, after 50 steps; decays to 0 in the second half"),
+        add("--seed", type=within("[0, 4294967295]", int), default=0, help="for weights, data, batches and samples"),
     ]
-    add = parser.add_argument_group("of this run alone").add_argument
+    add = parser.add_argument_group("for this run only").add_argument
     add("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch", help="the framework")
-    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (without: the best there is)")
-    add("--out", type=Path, help="the folder for what the run writes")
-    add("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
-    add("--sampler", choices=["ddim", "ddpm", "heun", "langevin"], default="ddim", help="heun: two calls a step")
+    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best available)")
+    add("--out", type=Path, help="the output folder")
+    add("--resume", action="store_true", help="continue from OUT/ckpt.npz, whichever backend wrote it")
+    add("--sampler", choices=["ddim", "ddpm", "heun", "langevin"], default="ddim", help="heun: two calls per step")
     add("--sample-steps", type=within("[2, 1000]", int), help="of the sampler")
-    add("--guidance", type=within("[0, 99)"), help="1: none; more: more as the class or the text says")
-    add("--blind", action="store_true", help="inpaint: the class is not told, and guidance has no effect")
+    add("--guidance", type=within("[0, 99)"), help="1: none; higher: closer to the class or text")
+    add("--blind", action="store_true", help="inpaint: without the class; guidance has no effect")
     add("--prompt", help="text: what to draw, such as: big blue star on the right")
     args, saved = parse(parser, MODEL, fixed, kept, defaults)
     if saved:
@@ -86,7 +86,7 @@ def read_args():
 
 
 def rate(step, args):
-    """The learning rate: up in 50 steps, down to 0 in the second half."""
+    """The learning rate: 50 steps of linear warm-up, and linear decay to 0 in the second half."""
     return args.lr * min(1, (step + 1) / 50, 2 * (1 - step / args.steps))
 
 
@@ -94,24 +94,24 @@ def rate(step, args):
 
 
 def load_twin(args):
-    """The module model_torch or model_mlx; args.device becomes the device that it uses, args.rank this process's."""
+    """Import model_torch or model_mlx; sets args.device, and args.rank and args.world of this process."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
     except ImportError as error:
-        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or use the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
-        fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
+        fail(f"--device {args.device} is not available with {args.backend} here: use {', '.join(net.devices())}")
     args.rank, args.world = net.join() if hasattr(net, "join") else (0, 1)
-    if args.rank:  # one of several processes speaks and saves
+    if args.rank:  # only the first process prints and saves
         sys.stdout = open(os.devnull, "w")
     return net
 
 
 def fit(trainer, task, args, start, memory):
-    """Train from step `start` to args.steps; twenty times on the way evaluate, save and print a line.
+    """Train from step `start` to args.steps; about twenty times, evaluate, save and print a line.
 
-    Ctrl-C ends the step at hand, saves and exits with 130; a second one does not wait. Returns the steps a second.
+    Ctrl-C finishes the current step, saves and exits with 130; a second Ctrl-C does not wait. Returns steps per second.
     """
     ckpt, interrupted, every = args.out / "ckpt.npz", [], max(1, args.steps // 20)
 
@@ -136,12 +136,12 @@ def fit(trainer, task, args, start, memory):
                 fail(f"the loss is not finite at step {min(at, step)}: {why}{f'; {ckpt} is kept' * ckpt.exists()}")
         first = not speed and not args.resume
         try:
-            if first and ckpt.exists():
+            if first and not args.rank and ckpt.exists():
                 shutil.copy2(ckpt, args.out / "ckpt.old.npz")
             trainer.save(ckpt, done, **memory)
         except OSError as error:
             Path(f"{ckpt}.part").unlink(missing_ok=True)
-            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or name another --out")
+            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or choose another --out")
         speed, left = (done - start) / busy, (args.steps - done) * busy / (done - start)
         figures = {**values[-2], **values[-1]}
         line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -157,17 +157,17 @@ def fit(trainer, task, args, start, memory):
 
 
 def main():
-    """Arguments, task, model, checkpoint; train; report, and the result as the last line."""
+    """Set up the task, the model and the checkpoint; train; report; print the result as the last line."""
     began, (args, saved) = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
     fields, there = net.Config.__dataclass_fields__, saved["config"] if saved else {}
     for name, value in there.items():
         if name in fields and isinstance(value, str) != isinstance(fields[name].default, str):
-            fail(f"{ckpt} is damaged, its {name} is {value!r}: train anew without --resume, or name another --out")
+            fail(f"{ckpt} is damaged ({name} is {value!r}): start over without --resume, or choose another --out")
     note, task = claim(args), TASKS[args.task](args, saved)
     for name, value in (task.config | (task.extra if args.steps else {})).items():
         if saved and {**saved, **there}.get(name, value) != value:
-            fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
+            fail(f"{ckpt} was trained on other data (its {name} differs): use the same --data and --seed")
     config = {name: x for name, x in args.memory.items() if name in fields and x is not None} | task.config
     try:
         trainer = task.trainer(net, net.Config(**config | there))
@@ -175,7 +175,7 @@ def main():
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
             raise
-        fail(f"{ckpt} does not fit the model ({error!r}): train anew without --resume" if saved else error)
+        fail(f"{ckpt} does not fit the model ({error!r}): start over without --resume" if saved else error)
     params = sum(w.size for w in net.get_weights(trainer.model).values())
     print(f"{MODEL}: {args.backend} on {args.device}, {params:,} parameters; {task.about}; files go to {args.out}"
           f"{note}", flush=True)  # fmt: skip
@@ -191,15 +191,17 @@ def main():
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # numbers that are not finite are spoken of in fit
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer letters
+    warnings.simplefilter("ignore")  # fit reports numbers that are not finite
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack some characters
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+    except BrokenPipeError:  # as after `| head`: nobody reads the rest
         os._exit(141)
-    except (OSError, MemoryError) as error:  # a full disk, a folder that may not be written to, too little memory
-        print(f"train.py: {str(error)[:500] or 'too little memory'}: make room, or change --out", file=sys.stderr)
+    except (OSError, MemoryError, RuntimeError) as error:  # a full disk, no permission to write, too little memory
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        print(f"train.py: {str(error)[:500] or 'no memory'}: make room, or change --out, --batch-size", file=sys.stderr)
         os._exit(2)

@@ -1,6 +1,6 @@
-"""What there is to learn: pictures like those of a set, and a game in one dimension, whose best moves are known.
+"""The tasks: images like those of a dataset, and a game in one dimension, whose best moves are known.
 
-One class a task, all in numpy. A new task is one more class, named in TASKS at the end.
+One class per task, all in numpy. To add a task, write one more class and add it to TASKS at the end.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 
 def fail(message):
-    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
+    """End the run on bad input: one line that says what is wrong and how to fix it, exit code 2."""
     print("train.py:", " ".join(str(message).split())[:1000], file=sys.stderr)
     raise SystemExit(2)
 
@@ -61,7 +61,7 @@ def read_meta(path, model):
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
                 raise ValueError("a part is damaged or compressed")
             meta = json.loads(str(f["meta"]))
-        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        most = max(1 << 20, path.stat().st_size)  # no dimension of a model exceeds its file's size in bytes
         for name, value in meta["config"].items():
             if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
                 raise ValueError(f"its {name} is {value}")
@@ -74,14 +74,14 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} is no checkpoint to go on from ({reason}): train anew without --resume, or name another --out")
+    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
-    """The arguments; and with --resume what the checkpoint remembers, else None.
+    """The arguments and, with --resume, the checkpoint's metadata, else None.
 
-    A flag that is not given is as in the checkpoint, or as defaults() says. A resumed run may not change those of
-    `fixed`; it may change those of `kept`, which a checkpoint remembers, too.
+    A flag that is not given takes its value from the checkpoint, else from defaults(). Checkpoints save the flags of
+    both lists; a resumed run may not change those in `fixed`, but may change those in `kept`.
     """
     given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
     parser.error, parser.formatter_class, saved, known = fail, Help, None, {}
@@ -93,12 +93,12 @@ def parse(parser, model, fixed, kept, defaults):
         known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
     for flag in fixed:
         asked, there = getattr(given, flag.dest), known.get(flag.dest)
-        if None not in (asked, there) and asked != there and flag.dest != "data":  # those are compared by their content
+        if None not in (asked, there) and asked != there and flag.dest != "data":  # data is compared by content
             fail(f"{flag.option_strings[0]} {asked} contradicts {out / 'ckpt.npz'}, which has {there}: leave it out")
     known |= {"data": given.data} if given.data else {}
     parser.set_defaults(out=out, **known)
     parser.set_defaults(**{**defaults(parser.parse_known_args()[0]), **known})
-    parser.add_argument("-h", "--help", action="help", help="show this and end")
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     args = parser.parse_args()
     args.memory = {flag.dest: getattr(args, flag.dest) for flag in fixed + kept}
     if saved:
@@ -107,17 +107,20 @@ def parse(parser, model, fixed, kept, defaults):
 
 
 def claim(args):
-    """Make the folder args.out this run's own until it ends; returns what its first line has to say of that."""
+    """Lock the folder args.out until the run ends; returns a note for the run's first line."""
     if args.rank:
         return ""
     args.out.mkdir(parents=True, exist_ok=True)
     lock, ckpt = args.out / "lock", args.out / "ckpt.npz"
     try:
         if (pid := int(lock.read_text())) != os.getpid():
-            os.kill(pid, 0)  # no signal: it asks whether there is such a process
-            fail(f"{args.out} is in use by process {pid}: wait for its end, or name another --out")
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        lock.unlink(missing_ok=True)  # of a run that was killed
+            os.kill(pid, 0)  # sends no signal, only checks that the process exists
+            fail(f"{args.out} is in use by process {pid}: wait until it ends, or choose another --out")
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # none, or left by a killed run
+    except (OverflowError, ValueError):
+        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+    lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
     atexit.register(lock.unlink, missing_ok=True)
@@ -127,7 +130,7 @@ def claim(args):
 
 
 def record(out, row, first):
-    """Append {figure: number} to OUT/log.jsonl, or begin it anew, and draw what is in it as OUT/curve.png."""
+    """Append {figure: number} to OUT/log.jsonl, or start a new log, and plot the log in OUT/curve.png."""
     log, names = out / "log.jsonl", [name for name in row if "step" not in name]
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
@@ -138,13 +141,13 @@ def record(out, row, first):
     for i, name in enumerate(names):
         x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
-        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
+        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, lowest {y.min():.4g}", (60, 60, 60), font)
         draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
 def digest(*arrays):
-    """A hash of what is learned from: by it a checkpoint knows its data, whatever their file is called."""
+    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -174,27 +177,27 @@ def fetch(file, md5, *urls):
 
 
 class Task:
-    """What train.py asks of a task. To add your own, write a class like those below and name it in TASKS.
+    """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Beside what stands here: batch(step), the arrays of Trainer.step, drawn from (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on data held out, for a log line of a part of them.
+    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
+    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
     """
 
-    config, extra, about = {}, {}, ""  # its part of the model's Config; what a checkpoint must know of it; a line
-    tokens = 0  # of a step, where tokens are counted
+    config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
+    tokens = 0  # per step, where tokens are counted
 
     def trainer(self, net, config):
-        """The Trainer that learns it."""
+        """The Trainer for this task."""
         return net.Trainer(config, seed=self.args.seed, device=self.args.device)
 
     def report(self, trainer):
-        """At the end: more figures, and the names of the files that it wrote to args.out."""
+        """At the end: more figures, and the names of the files written to args.out."""
         return {}, []
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
-IDX = {  # the two homes of a set, and the MD5 sums of its four files
+IDX = {  # two addresses of a dataset, and the MD5 sums of its four files
     "mnist": (
         "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
@@ -204,7 +207,7 @@ IDX = {  # the two homes of a set, and the MD5 sums of its four files
 
 
 def load_idx(name):
-    """A set of IDX: images (N, 28, 28) uint8 and labels (N,) of the training part, then of the test part."""
+    """A dataset of IDX: images (N, 28, 28) uint8 and labels (N,) of the training set, then of the test set."""
     homes, sums, arrays = *map(str.split, IDX[name]), []
     for stem, md5 in zip(("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"), sums):
         path = fetch(f"{name}/{stem}-ubyte.gz", md5, *(f"{home}/{stem}-ubyte.gz" for home in homes))
@@ -218,7 +221,7 @@ def load_idx(name):
 
 
 def make_digits(n, seed):
-    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); each has its own stroke, size, turn, shear and shift."""
+    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, turn, shear and shift are random."""
     rng = np.random.default_rng((seed, 28))
     font, glyphs = ImageFont.load_default(60), {}
     for digit in range(10):
@@ -241,23 +244,23 @@ def make_digits(n, seed):
 
 
 def make_flowers(n, size, seed):
-    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 4 ... 9; each has its colour, shape and place."""
+    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 4 ... 9; colour, shape and place are random."""
     rng = np.random.default_rng((seed, 32))
     tints = np.array([(245, 240, 235), (250, 200, 40), (235, 70, 60), (245, 130, 175), (150, 90, 210), (70, 110, 230)])
     petals, tint = rng.integers(4, 10, n), tints[rng.integers(0, 6, n)] + rng.normal(0, 12, (n, 3))
     radius, inner, turn = rng.uniform(0.55, 0.95, n), rng.uniform(0.4, 0.75, n), rng.uniform(0, 2 * np.pi, n)
     shape, place, light = rng.uniform(0.4, 1.1, n), rng.normal(0, 0.08, (n, 2)), rng.uniform(0.7, 1.15, n)
     axis, images = (np.arange(size) * 2 + 1) / size - 1, np.empty((n, size, size, 3), np.uint8)
-    grass = np.array([46, 98, 52]) * (1 - 0.35 * axis[:, None, None]) * np.ones((size, 1))  # lighter above
+    grass = np.array([46, 98, 52]) * (1 - 0.35 * axis[:, None, None]) * np.ones((size, 1))  # lighter at the top
     for i in range(n):
         x, y = axis - place[i, 0], axis[:, None] - place[i, 1]
         r, angle, image = np.hypot(x, y), np.arctan2(y, x) + turn[i], light[i] * grass
-        layers = []  # each with its colour, its brightness and its edge, a radius
-        for scale, shift, shade in ((1, 0, 0.85), (inner[i], np.pi, 1.05)):  # a wreath, and a smaller one before it
+        layers = []  # of each the colour, the brightness and the radius of its edge
+        for scale, shift, shade in ((1, 0, 0.85), (inner[i], np.pi, 1.05)):  # a ring of petals, a smaller one in front
             bump = np.abs(np.cos((petals[i] * angle + shift) / 2)) ** shape[i]  # 1 along a petal, 0 between two
             edge = scale * radius[i] * (0.35 + 0.65 * bump)
             layers.append((tint[i], shade * (0.55 + 0.45 * bump * np.minimum(r / edge, 1)), edge))
-        layers.append((np.array([225, 165, 40]), 1.15 - 2.7 * r / radius[i], 0.22 * radius[i]))  # the heart
+        layers.append((np.array([225, 165, 40]), 1.15 - 2.7 * r / radius[i], 0.22 * radius[i]))  # the centre
         for colour, brightness, edge in layers:
             cover = ((edge - r) * size / 2 + 0.5).clip(0, 1)[:, :, None]  # edges are soft, a pixel wide
             image += (brightness[:, :, None] * colour - image) * cover
@@ -265,9 +268,21 @@ def make_flowers(n, size, seed):
     return images, petals
 
 
+def count_petals(image):
+    """How many petals a flower (size, size, 3) uint8 shows: the number of bulges in its outline around its centre."""
+    red, green, blue = np.moveaxis(np.float32(image) + 1, -1, 0)
+    flower = (3 * np.maximum(red, blue) / green - 1.6).clip(0, 1)  # grass is green, petals are not
+    y, x = (axis - (axis * flower).sum() / max(flower.sum(), 1) for axis in np.indices(flower.shape))
+    far = (flower * np.hypot(y, x)).ravel()  # pixels further out count for more
+    k, turn = np.arange(3, 14), np.arange(360) * np.pi / 180
+    waves = np.exp(1j * np.outer(k, np.arctan2(y, x))) @ far  # 3 to 13 waves around the outline
+    out = (np.exp(-1j * np.outer(turn, k)) @ waves).real > 0.05 * far.sum()  # a disc has no bulges
+    return int((out & ~np.roll(out, 1)).sum())
+
+
 def open_image(path):
-    """An image file as an RGB image, the right way up, on white where it is transparent; else one line and the end."""
-    Image.MAX_IMAGE_PIXELS = 25_000_000  # of twice as many, which take 1 GB and more, Pillow makes an error
+    """Open an image file as RGB, upright, on white where it is transparent; ends the run if it can't be read."""
+    Image.MAX_IMAGE_PIXELS = 25_000_000  # above twice as many, which take 1 GB, Pillow raises an error
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -280,15 +295,15 @@ def open_image(path):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # Pillow has many words for a file that is broken
-        fail(f"{path} is no picture that can be read ({error}): take it away, or name a PNG or JPEG file")
+    except Exception as error:  # Pillow raises errors of many kinds for broken files
+        fail(f"{path} is no picture that can be read ({error}): remove it, or name a PNG or JPEG file")
 
 
 def read_folder(folder, size):
-    """The pictures of a folder, cut to squares of `size`: all but every tenth, numbers for labels; then the others."""
+    """The images of a folder, cropped to squares of `size`, numbered as labels; then every tenth, which is held out."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
     if len(files) < 2:
-        fail(f"--data {folder} is neither one of the sets that --help names nor a folder of 2 pictures or more")
+        fail(f"--data {folder} is neither one of the datasets in --help nor a folder of 2 images or more")
     images = np.stack([np.asarray(ImageOps.fit(open_image(file), (size, size))) for file in files])
     number, every = np.arange(len(files)), min(10, len(files))
     held = number % every == every - 1
@@ -314,18 +329,18 @@ def pixels(x):
 
 
 def in_parts(function, x, n=1000):
-    """function(x) for n rows of x at a time, so that a large set needs no large memory."""
+    """function(x) for n rows of x at a time, to save memory."""
     return np.concatenate([function(x[i : i + n]) for i in range(0, len(x), n)])
 
 
-# ---- how good the pictures made are ----------------------------------------------------------------------------------
+# ---- how good the generated images are -------------------------------------------------------------------------------
 
 
 class Judge:
-    """Says of which class pictures (N, H, W, C) uint8 are: filters cut out of pictures, then two layers that learn.
+    """Classifies images (N, H, W, C) uint8: fixed filters cut out of images, then two trained layers.
 
-    Learns from at most 10,000 pictures x of the classes y, with chance of its own, so that it is the same in all runs.
-    Where all are of one class nothing is to learn, and its features are sums drawn by chance of what the filters see.
+    Trained on at most 10,000 images x of the classes y, with a fixed seed, so that it is the same in all runs. If there
+    is only one class, nothing is trained, and its features are random sums of the filters' responses.
     """
 
     def __init__(self, x, y, n=800):
@@ -333,7 +348,7 @@ class Judge:
         some = self.look(x[:1000]).reshape(-1, 25 * x.shape[3])
         some = some[some.std(1) >= some.std(1).mean()]
         some = some[rng.integers(0, len(some), 32)].T
-        some = some - some.mean(0)  # an even surface says nothing
+        some = some - some.mean(0)  # so that flat areas give 0
         self.filters, self.mean, self.std = some / (np.linalg.norm(some, axis=0) + 1e-6), 0.0, 1.0
         h = self.look(x)
         self.mean, self.std = h.mean(0), h.std(0) + 1e-3 * h.std() + np.float32(1e-6)
@@ -341,7 +356,7 @@ class Judge:
         first = rng.standard_normal((h.shape[1], 64), np.float32) / np.float32(h.shape[1] ** 0.5)
         self.w = [first, *(np.zeros(size, np.float32) for size in (64, (64, target.shape[1]), target.shape[1]))]
         m, v = ([0 * w for w in self.w] for _ in range(2))
-        for step in range(1, n + 1):  # cross-entropy, half of the inputs left out, Adam
+        for step in range(1, n + 1):  # Adam on the cross-entropy, with half of the inputs dropped
             i = rng.integers(0, len(h), 100)
             x = 2 * h[i] * (rng.random((100, h.shape[1]), np.float32) > 0.5)
             p, z = self.classify(x)
@@ -353,8 +368,8 @@ class Judge:
                 self.w[j] -= np.float32(lr) * m[j] / (np.sqrt(v[j]) + np.float32(1e-8))
 
     def look(self, x):
-        """What each filter sees most of in each square of 4x4 places; before there are filters, all windows 5x5."""
-        (_, H, W, C), k = x.shape, -(-x.shape[1] // 32)  # large pictures are made smaller
+        """The largest response of each filter in each square of 4x4; before there are filters, all 5x5 windows."""
+        (_, H, W, C), k = x.shape, -(-x.shape[1] // 32)  # large images are scaled down
         x = x[:, : H // k * k, : W // k * k].reshape(-1, H // k, k, W // k, k, C).mean((2, 4), np.float32) / 255
         h, w = (x.shape[1] - 4) // 4, (x.shape[2] - 4) // 4
         windows = np.lib.stride_tricks.sliding_window_view(x[:, : 4 * h + 4, : 4 * w + 4], (5, 5), (1, 2))
@@ -365,7 +380,7 @@ class Judge:
         return (seen.reshape(len(x), -1) - self.mean) / self.std
 
     def classify(self, h):
-        """Probabilities (N, classes) and features (N, 64) of what look() gives."""
+        """Probabilities (N, classes) and features (N, 64) from the output of look()."""
         z = np.maximum(h @ self.w[0] + self.w[1], 0)
         s = z @ self.w[2] + self.w[3]
         e = np.exp(s - s.max(1, keepdims=True))
@@ -389,10 +404,10 @@ def frechet(a, b):
 
 # ---- the game in one dimension: densities on a grid, so that the best discriminator and all integrals are known ------
 
-GRID = (np.arange(100) + 0.5) / 50 - 1  # the middles of 100 parts of [-1, 1]
+GRID = (np.arange(100) + 0.5) / 50 - 1  # the midpoints of 100 bins of [-1, 1]
 PARTS = np.array([(0.4, -0.5, 0.12), (0.6, 0.35, 0.18)])  # the data, p: normal distributions; share, mean, deviation
 P = sum(share * np.exp(-((GRID - mean) ** 2) / (2 * std**2)) / std for share, mean, std in PARTS)
-P /= P.sum()  # the probability of each part
+P /= P.sum()  # the probability of each bin
 
 
 def draw_p(rng, shape):
@@ -401,14 +416,14 @@ def draw_p(rng, shape):
 
 
 def look_at_game(trainer, seed):
-    """q, the probability of each part of the grid by 20,000 samples, and D there: (2, 100)."""
+    """q, the probability of each bin, from 20,000 samples, and D there: (2, 100)."""
     z = np.random.default_rng((seed, 3)).standard_normal((20_000, trainer.config.latent), np.float32)
     q = np.histogram(trainer.generate(z), 100, (-1, 1))[0] / len(z)
     return np.stack([q, trainer.discriminate(GRID.astype(np.float32).reshape(-1, 1, 1, 1))])
 
 
 def theory(q, d):
-    """V at D, what it would be at the best D, -log 4 + 2 JSD(p, q); and how far D is from it where pictures are."""
+    """V for D; for the best D, -log 4 + 2 JSD(p, q); and how far D is from the best, on average over p and q."""
     d = d.astype(np.float64).clip(1e-9, 1 - 1e-9)
     with np.errstate(divide="ignore", invalid="ignore"):
         best = P / (P + q)
@@ -417,13 +432,13 @@ def theory(q, d):
         return {"value": (P * np.log(d) + q * np.log(1 - d)).sum(), "bound": 2 * jsd - math.log(4), "off": off}
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- plots -----------------------------------------------------------------------------------------------------------
 
 PAPER = 250
 
 
 def tile(x, columns, gap=0):
-    """Pictures (N, H, W, C) in rows of `columns` as one sheet (rows (H + gap), columns (W + gap), C) uint8."""
+    """Images (N, H, W, C), `columns` in a row, as one sheet (rows (H + gap), columns (W + gap), C) uint8."""
     N, H, W, C = x.shape
     sheet = np.full((-(-N // columns), columns, H + gap, W + gap, C), PAPER if gap else 0, np.uint8)
     sheet.reshape(-1, H + gap, W + gap, C)[:N, :H, :W] = pixels(x)
@@ -431,7 +446,7 @@ def tile(x, columns, gap=0):
 
 
 def draw_rows(parts, columns=12):
-    """Pictures in rows under captions: {caption: pictures (N, H, W, C)}."""
+    """Rows of images under captions: {caption: images (N, H, W, C)}."""
     scale = max(1, round(60 / next(iter(parts.values())).shape[1]))
     sheets = [tile(x.repeat(scale, 1).repeat(scale, 2), columns, gap=2) for x in parts.values()]
     image = Image.new("RGB", (sheets[0].shape[1] + 10, sum(len(sheet) + 28 for sheet in sheets) + 6), (PAPER,) * 3)
@@ -444,7 +459,7 @@ def draw_rows(parts, columns=12):
 
 
 def some_of(looks, n):
-    """About n of the looks {step: array}, the early ones closer together, the present one last."""
+    """About n of the looks {step: array}, the early ones closer together, the latest one last."""
     steps, last = list(looks), len(looks) - 1
     chosen = sorted({round(last * (i / (n - 1)) ** 2) for i in range(n)})
     return {steps[i]: looks[steps[i]] for i in chosen}
@@ -454,7 +469,7 @@ INK = {"p": (31, 119, 180), "q": (255, 127, 14), "D": (20, 20, 20), "D*": (150, 
 
 
 def draw_lines(draw, box, lines, span, caption):
-    """Lines {name: (x, y, colour)} in box = x0, y0, x1, y1 of the picture, over span = left, low, right, high."""
+    """Lines {name: (x, y, colour)} in box = x0, y0, x1, y1 of the image, over span = left, low, right, high."""
     x0, y0, x1, y1 = box
     left, low, right, high = span
     draw.rectangle(box, outline=(200, 200, 200), width=2)
@@ -469,13 +484,13 @@ def draw_lines(draw, box, lines, span, caption):
 
 
 def draw_game(looks):
-    """{step: (q, D)}: four of the looks, and all along the steps what V is and what it would be at the best D."""
+    """{step: (q, D)}: four of the looks, and over all steps V and its value for the best D."""
     image, steps = Image.new("RGB", (1600, 1440), (PAPER,) * 3), list(looks)
     draw = ImageDraw.Draw(image)
     for i, (step, (q, d)) in enumerate(some_of(looks, 4).items()):
         x, y = 30 + 790 * (i % 2), 60 + 450 * (i // 2)
         lines = {"p": (GRID, P / P.max() * 0.6, INK["p"]), "q": (GRID, q / P.max() * 0.6, INK["q"])}
-        seen = P + q > 1e-3  # beyond, the few samples say little of q
+        seen = P + q > 1e-3  # elsewhere there are too few samples
         lines |= {"p / (p + q)": (GRID[seen], P[seen] / (P + q)[seen], INK["D*"]), "D": (GRID, d, INK["D"])}
         draw_lines(draw, (x, y, x + 750, y + 370), lines, (-1, 0, 1, 1), f"step {step}")
     figures = [theory(*look) for look in looks.values()]
@@ -497,21 +512,21 @@ def draw_game(looks):
 
 
 class Game(Task):
-    """What the tasks share: the data of a step, and looks at how far the players are, {step: array}."""
+    """What the tasks share: the data for a step, and looks at the players' progress, {step: array}."""
 
     def __init__(self, args):
         self.args, self.looks = args, {}
 
     def batch(self, step):
-        """x (d_steps, B, H, W, C) for D; z (d_steps + 1, B, latent), the last for G; u (d_steps, B)."""
-        rng, shape = np.random.default_rng((self.args.seed, step, 1)), (self.args.d_steps, self.args.batch_size)
-        x = self.draw(rng, shape)
-        z = rng.standard_normal((shape[0] + 1, shape[1], self.args.latent), np.float32)
-        return x, z, rng.random(shape, np.float32)
+        """x (d_steps, B, H, W, C) for D; z (d_steps + 1, B, latent + n_class), the last for G; u (d_steps, B)."""
+        rng, (n, B) = np.random.default_rng((self.args.seed, step, 1)), (self.args.d_steps, self.args.batch_size)
+        x, c = self.draw(rng, (n + 1, B))
+        z = rng.standard_normal((n + 1, B, self.args.latent), np.float32)
+        return x[:n], np.concatenate([z, c], -1), rng.random((n, B), np.float32)
 
     def keep(self, trainer, look, figures, whole):
-        """Keep a look at the present, and write all of them to a file, which a resumed run reads."""
-        # looks at later steps are of a run that was killed before it could save, and is resumed
+        """Keep a look at the current state, and write all looks to a file, which a resumed run reads."""
+        # looks at later steps come from a run that was killed before it saved, and is now resumed
         self.looks = {step: old for step, old in self.looks.items() if step < trainer.t} | {trainer.t: look}
         if whole or not all(map(math.isfinite, figures.values())):
             return
@@ -530,12 +545,12 @@ class Game(Task):
         """The looks of the run that is resumed."""
         try:
             self.looks = self.read_looks(self.args.out / self.file)
-        except Exception:  # there are none, or they are damaged, or of pictures of another size
+        except Exception:  # there are none, or they are damaged, or the images have another size
             self.looks = {}
 
 
 class Pictures(Game):
-    """Pictures like those of a set. A look is what G makes of the same twelve z: a row of OUT/looks.png."""
+    """Images like those of a dataset. A look is what G makes of the same twelve z: a row of OUT/looks.png."""
 
     file = "looks.png"
 
@@ -544,19 +559,27 @@ class Pictures(Game):
         least, halved = 28 if args.data in ("digits", "mnist") else 8, len(args.hidden) if args.model == "dcgan" else 1
         if args.size < least or args.size % 2**halved:
             fail(f"--size must be {least} or more and a multiple of {2**halved}: each of a dcgan's --hidden halves it")
-        self.train, labels, test, self.test_y = self.load()
-        self.test, self.won = floats(test) * 2 - 1, False  # from -1 to 1, as G makes them
-        self.judge = Judge(self.train, labels)
-        self.real_p, self.real = self.judge(test[:2000])
-        self.z = np.random.default_rng((args.seed, 2)).standard_normal((1000, args.latent), np.float32)
-        self.config = dict(image=list(self.train.shape[1:]))
+        self.train, y, test, test_y = self.load()
+        self.judge, self.won = Judge(self.train, y), False
+        real_p, self.real = self.judge(test[:2000])
+        if len(test) < 20:  # of a small folder: too few for a Fréchet distance
+            self.real = self.judge(self.train[:2000])[1]
+        self.right, classes = (real_p.argmax(1) == test_y[:2000]).mean(), real_p.shape[1]
+        n_class = saved["config"].get("n_class", 0) if saved else classes if classes > 1 else 0
+        one_hot = np.eye(classes, n_class, dtype=np.float32)
+        # for evaluation: held-out images, from -1 to 1 as G makes them, and as many z of the same classes
+        i = np.arange(1000) % len(test)
+        z = np.random.default_rng((args.seed, 2)).standard_normal((1000, args.latent), np.float32)
+        self.test, self.y, self.z = floats(test[i]) * 2 - 1, test_y[i], np.hstack([z, one_hot[test_y[i]]])
+        self.c = one_hot[y]  # (N, n_class)
+        self.config = dict(image=list(self.train.shape[1:]), n_class=n_class)
         self.extra = dict(digest=digest(self.train))
-        self.about = f"{args.data}: {len(self.train):,} pictures to train on, {len(test):,} held out"
+        self.about = f"{args.data}: {len(self.train):,} images to train on, {len(test):,} held out"
         if saved:
             self.recall()
 
     def load(self):
-        """Pictures (N, H, W, C) uint8 to train on and their classes (N,), then held-out ones."""
+        """Images (N, H, W, C) uint8 to train on and their classes (N,), then held-out ones."""
         args, edge = self.args, (self.args.size - 28) // 2
         parts = (args.count, args.seed), (args.count // 5, args.seed + 1)  # synthetic ones: how many, of which seed
         if args.data == "flowers":
@@ -564,10 +587,13 @@ class Pictures(Game):
             return x, y - 4, test, test_y - 4  # 4 ... 9 petals
         if args.data == "digits":
             x, y, test, test_y = sum((make_digits(n, seed) for n, seed in parts), ())
-            # without their grain: a G that draws from few numbers can't make each pixel's noise, and D would look at it
+            # without the noise: with few latents G can't make noise for each pixel, and D would notice that
             x, test = (centred(pixels((images - 40.0) / 105)) for images in (x, test))
         elif args.data in IDX:
             x, y, test, test_y = load_idx(args.data)
+            sizes = x.shape[1:] == test.shape[1:] == (28, 28) and 0 < len(x) == len(y) and 0 < len(test) == len(test_y)
+            if not (sizes and test_y.max() <= y.max() < 10):
+                fail(f"the files of --data {args.data} do not fit together: delete them, and they are downloaded again")
         else:
             x, y, test, test_y = read_folder(args.data, args.size)
             return x, 0 * y, test, 0 * test_y
@@ -576,18 +602,20 @@ class Pictures(Game):
         return x, y, test, test_y
 
     def draw(self, rng, shape):
-        """Real pictures (*shape, H, W, C)."""
-        return floats(self.train[rng.integers(0, len(self.train), shape)]) * 2 - 1
+        """Real images (*shape, H, W, C) and their classes (*shape, n_class), one-hot."""
+        i = rng.integers(0, len(self.train), shape)
+        return floats(self.train[i]) * 2 - 1, self.c[i]
 
     def evaluate(self, trainer, whole=False):
         z = self.z if whole else self.z[:500]
         figures = {name: float(x) for name, x in trainer.evaluate(self.test[: len(z)], z).items()}
         if figures["value"] > -0.2 and self.args.loss != "wgan-gp" and not self.won:
             self.won = True
-            print("the discriminator has won: D(x) and 1 - D(G(z)) are 0.9 and more; if G learns no more, lower --d-lr "
+            print("the discriminator has won: D(x) and 1 - D(G(z)) are 0.9 and more; if G stops learning, lower --d-lr "
                   "or try --smoothing 0.1 or --loss wgan-gp")  # fmt: skip
         made = in_parts(trainer.generate, z, 250)
-        self.p, features = self.judge(pixels(made / 2 + 0.5))
+        self.made = pixels(made / 2 + 0.5)
+        self.p, features = self.judge(self.made)
         figures["frechet"] = frechet(self.real, features)
         self.keep(trainer, made[:12] / 2 + 0.5, figures, whole)
         return figures
@@ -611,19 +639,23 @@ class Pictures(Game):
         ends = self.z[12:16].reshape(2, 2, -1)
         walks = np.concatenate([np.cos(angle) * a + np.sin(angle) * b for a, b in ends])
         rows = {f"the same twelve z, step {step}": x for step, x in some_of(self.looks, 6).items()}
-        rows |= {"other z": make(self.z[20:44]), "walks between two z": make(walks)}
-        rows["real pictures"] = self.test[:12] / 2 + 0.5
+        some = 12 + np.argsort(self.y[12:48], kind="stable")
+        rows |= {"other z": make(self.z[some]), "interpolations between two z": make(walks)}
+        rows["real images"] = self.test[:12] / 2 + 0.5
         draw_rows(rows).save(self.args.out / "sample.png", optimize=True)
-        figures, classes = {}, self.p.shape[1]  # of the 1,000 pictures of the last evaluation
+        figures, classes = {}, self.p.shape[1]  # of the 1,000 images of the last evaluation
         if classes > 1:
             figures["least_share"] = np.bincount(self.p.argmax(1), minlength=classes).min() / len(self.p)
             figures["sure"] = (self.p.max(1) > 0.9).mean()
-            figures["judge"] = (self.real_p.argmax(1) == self.test_y[: len(self.real_p)]).mean()
+            figures["asked"] = (self.p.argmax(1) == self.y).mean()
+            figures["judge"] = self.right
+        if self.args.data == "flowers":
+            figures["petals"] = np.mean([count_petals(x) == n + 4 for x, n in zip(self.made, self.y)])
         return figures, ["sample.png", self.file]
 
 
 class Toy(Game):
-    """Numbers of a known density. A look is q and D on the grid: (2, 100), in OUT/looks.npz."""
+    """Numbers with a known density. A look is q and D on the grid: (2, 100), in OUT/looks.npz."""
 
     file = "looks.npz"
     config = dict(image=[1, 1, 1])
@@ -632,15 +664,15 @@ class Toy(Game):
     def __init__(self, args, saved):
         super().__init__(args)
         if args.model != "gan" or args.loss == "wgan-gp":
-            fail("--task toy compares D with p / (p + q): it goes with --model gan, and not with --loss wgan-gp")
+            fail("--task toy compares D with p / (p + q): it needs --model gan, and not --loss wgan-gp")
         if args.data != "digits":
             fail("--data goes with --task pictures: toy makes its own")
         if saved:
             self.recall()
 
     def draw(self, rng, shape):
-        """Numbers of p as pictures of one pixel (*shape, 1, 1, 1)."""
-        return draw_p(rng, shape).reshape(*shape, 1, 1, 1)
+        """Samples of p as images of one pixel (*shape, 1, 1, 1); there are no classes."""
+        return draw_p(rng, shape).reshape(*shape, 1, 1, 1), np.zeros((*shape, 0), np.float32)
 
     def evaluate(self, trainer, whole=False):
         look = look_at_game(trainer, self.args.seed)

@@ -1,23 +1,27 @@
 """Generative adversarial network (GAN) and its convolutional form (DCGAN) in MLX.
 
-    Generator        z (B, latent) ~ N(0, I) -> picture G(z) (B, H, W, C) in [-1, 1]
+    Generator        z (B, latent) ~ N(0, I) -> image G(z) (B, H, W, C) in [-1, 1]
     Discriminator    x (B, H, W, C) -> s (B,), and D(x) = sigmoid(s): how probably x is real
 
-A game for two: D tells the pictures x ~ p of the data from those that G makes, G(z) ~ q; G tries to deceive it.
+A game for two: D tells real images x ~ p from those that G generates, G(z) ~ q; G tries to fool D.
     min over G, max over D of  V = E_x[log D(x)] + E_z[log(1 - D(G(z)))]
 At each x, p log D + q log(1 - D) is largest where p / D = q / (1 - D), so the best D is D* = p / (p + q), and there
     V = E_p[log(p / (p + q))] + E_q[log(q / (p + q))]  =  -log 4 + 2 JSD(p, q)
-The Jensen-Shannon divergence JSD is 0 where q = p and log 2 where they never meet: G does best to imitate the data.
+The Jensen-Shannon divergence JSD is 0 if q = p and log 2 if they never overlap: the best G imitates the data.
 
-What G descends, with s = s(G(z)), and what its gradient in s does:
+What G minimises, with s = s(G(z)), and its gradient with respect to s:
     minimax          log(1 - D)     -D        it vanishes as D wins, D -> 0: just where G has the most to learn
     non-saturating   -log D         -(1 - D)  the same fixed point, and the strongest push where D wins
-    wgan-gp          -s             -1        everywhere; D is a critic here, any number, held to slopes of 1
-The critic climbs E[s(x)] - E[s(G(z))] - penalty E[(|grad s(y)| - 1)^2], y = u x + (1 - u) G(z), u from 0 to 1. Among
-all s with slopes of 1 or less, the highest such difference is the distance of Wasserstein: it falls as q draws near.
+    wgan-gp          -s             -1        everywhere; D is a critic here: any number, with slopes kept near 1
+The critic maximises E[s(x)] - E[s(G(z))] - penalty E[(|grad s(y)| - 1)^2], y = u x + (1 - u) G(z), u from 0 to 1. Among
+all s with slopes of 1 or less, the largest difference is the Wasserstein distance: it falls as q approaches p.
+
+Where pictures have classes, the two play one such game per class: z ends in the class c, one-hot, and D has one output
+s per class, of which the one for c counts. G need not find out which classes there are, and D judges a 7 as a 7.
 
 Goodfellow et al. 2014, "Generative adversarial nets"; Radford et al. 2016, DCGAN; Gulrajani et al. 2017, WGAN-GP;
-Salimans et al. 2016, label smoothing; Heusel et al. 2017, two rates; Yazici et al. 2019, the average of G.
+Mirza and Osindero 2014, classes; Odena et al. 2016, checkerboards; Salimans et al. 2016, label smoothing; Heusel et al.
+2017, two rates; Yazici et al. 2019, the average of G.
 """
 
 import json
@@ -26,7 +30,7 @@ import os
 from dataclasses import asdict, dataclass
 from functools import partial
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # full float32 on CUDA and Apple M5 too; read on import
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,31 +43,29 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 class Config:
     image: tuple = (28, 28, 1)  # height, width, channels
     latent: int = 64
+    n_class: int = 0  # if there are classes, z (B, latent + n_class) ends in one of them, one-hot
     hidden: tuple = (16, 64)  # widths of D's layers, channels for dcgan; G has them in reverse
     model: str = "dcgan"  # dcgan: each layer halves (G: doubles) height and width; or gan: linear layers
     loss: str = "non-saturating"  # non-saturating, minimax or wgan-gp
-    smoothing: float = 0.0  # D's target for real x is 1 less this: a D that is never sure leaves G a gradient
+    smoothing: float = 0.0  # D's target for real x is 1 minus this: a D that is never sure leaves G a gradient
     penalty: float = 10.0  # wgan-gp's
-    d_lr: float = 1.0  # D's rate over G's: higher keeps D near D*, where V tells G the truth; lower, D from winning
-    d_steps: int = 1  # updates of D for one of G: more keep D near D* too; wgan-gp wants 5
-    ema: float = 0.99  # pictures come from an average of G's weights: G itself circles around the fixed point
+    d_lr: float = 1.0  # D's learning rate relative to G's: high keeps D near D*, low keeps D from winning
+    d_steps: int = 1  # updates of D per update of G: more keep D near D*, too; wgan-gp needs 5
+    ema: float = 0.99  # images come from an average of G's weights: G itself circles around the fixed point
 
 
-class Up(nn.ConvTranspose2d):
-    """A transposed convolution, 4x4, stride 2: twice as high and as wide. In files its weight is (n, m, 4, 4)."""
+class Up(nn.Conv2d):
+    """Each pixel four times, then a 3x3 convolution: twice as high and as wide, without a checkerboard.
+
+    A transposed convolution with a stride makes odd and even pixels from different weights, and it shows.
+    """
 
     def __init__(self, n, m, bias=True):
-        super().__init__(n, m, 4, stride=2, padding=1, bias=bias)
+        super().__init__(n, m, 3, padding=1, bias=bias)
+        self.upsample = nn.Upsample(scale_factor=2)
 
     def __call__(self, x):
-        # on a CPU mx.conv_transpose2d is 30 times slower than this, the same as a convolution 2x2 without a stride:
-        B, H, W, _ = x.shape
-        m, _, _, n = self.weight.shape
-        # each pixel gives to the 2x2 blocks of pixels around it; a block is 4 m channels, until it is unfolded
-        w = self.weight.reshape(m, 2, 2, 2, 2, n)[:, ::-1, :, ::-1].transpose(2, 4, 0, 1, 3, 5)
-        y = mx.conv2d(x, w.reshape(4 * m, 2, 2, n), padding=1).reshape(B, H + 1, W + 1, 2, 2, m)
-        y = y.transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * H + 2, 2 * W + 2, m)[:, 1:-1, 1:-1]
-        return y + self.bias if "bias" in self else y
+        return super().__call__(self.upsample(x))
 
 
 class Down(nn.Conv2d):
@@ -75,23 +77,28 @@ class Down(nn.Conv2d):
     def __call__(self, x):
         B, H, W, n = x.shape
         m, h, w = self.weight.shape[0], H // 2 + 1, W // 2 + 1
-        # blocks of 2x2 pixels are folded into 4 n channels; here it is the gradient that would be slow with a stride
+        # blocks of 2x2 pixels are folded into 4 n channels: on a CPU the gradient would be slow with a stride
         x = mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]).reshape(B, h, 2, w, 2, n)
         weight = self.weight.reshape(m, 2, 2, 2, 2, n).transpose(0, 1, 3, 2, 4, 5).reshape(m, 2, 2, 4 * n)
         y = mx.conv2d(x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h, w, 4 * n), weight)
         return y + self.bias if "bias" in self else y
 
 
+def of_class(s, c):
+    """s (B, n_class), one per class -> (B,), the one for c (B, n_class), one-hot; without classes s is (B, 1)."""
+    return s[:, 0] if s.shape[1] == 1 else (s * c).sum(-1)
+
+
 class Generator(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.image, sizes, layers = config.image, [config.latent, *reversed(config.hidden)], []
+        self.image, sizes, layers = config.image, [config.latent + config.n_class, *reversed(config.hidden)], []
         for n, m in zip(sizes, sizes[1:]):
             layers += [nn.Linear(n, m), nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], math.prod(self.image)), nn.Tanh())
 
     def __call__(self, z):
-        """z (B, latent) -> (B, H, W, C)"""
+        """z (B, latent + n_class) -> (B, H, W, C)"""
         return self.net(z).reshape(-1, *self.image)
 
 
@@ -101,11 +108,11 @@ class Discriminator(nn.Module):
         sizes, layers = [math.prod(config.image), *config.hidden], []
         for n, m in zip(sizes, sizes[1:]):
             layers += [nn.Linear(n, m), nn.LeakyReLU(0.2)]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], max(1, config.n_class)))
 
-    def __call__(self, x):
-        """x (B, H, W, C) -> s (B,)"""
-        return self.net(x.reshape(len(x), -1))[:, 0]
+    def __call__(self, x, c=None):
+        """x (B, H, W, C), c (B, n_class) one-hot if there are classes -> s (B,)"""
+        return of_class(self.net(x.reshape(len(x), -1)), c)
 
 
 class ConvGenerator(nn.Module):
@@ -114,15 +121,15 @@ class ConvGenerator(nn.Module):
         (H, W, C), half = config.image, 2 ** len(config.hidden)
         sizes = [*reversed(config.hidden)]
         self.small = (H // half, W // half, sizes[0])
-        self.inp = nn.Linear(config.latent, math.prod(self.small))
-        # the norm, of each channel over the batch, keeps G from one picture for all z; a bias before it would be idle
+        self.inp = nn.Linear(config.latent + config.n_class, math.prod(self.small))
+        # the batch norm keeps G from making one image for all z; a bias before it would have no effect
         layers = [nn.BatchNorm(sizes[0]), nn.ReLU()]
         for n, m in zip(sizes, sizes[1:]):
             layers += [Up(n, m, bias=False), nn.BatchNorm(m), nn.ReLU()]
         self.net = nn.Sequential(*layers, Up(sizes[-1], C), nn.Tanh())
 
     def __call__(self, z):
-        """z (B, latent) -> (B, H, W, C)"""
+        """z (B, latent + n_class) -> (B, H, W, C)"""
         x = self.inp(z).reshape(-1, *self.small)
         return self.net(x)
 
@@ -133,16 +140,16 @@ class ConvDiscriminator(nn.Module):
         (H, W, C), half, sizes = config.image, 2 ** len(config.hidden), config.hidden
         layers, norm = [Down(C, sizes[0]), nn.LeakyReLU(0.2)], config.loss != "wgan-gp"
         for n, m in zip(sizes, sizes[1:]):
-            # the critic has no norm: the penalty is on its slope at each picture alone, and a norm would mix them
+            # the critic has no norm: the penalty is on its slope at each image by itself, and a norm would mix them
             layers += [Down(n, m, bias=not norm), nn.BatchNorm(m, track_running_stats=False)][: 1 + norm]
             layers += [nn.LeakyReLU(0.2)]
         self.net = nn.Sequential(*layers)
-        self.out = nn.Linear(H // half * (W // half) * sizes[-1], 1)
+        self.out = nn.Linear(H // half * (W // half) * sizes[-1], max(1, config.n_class))
 
-    def __call__(self, x):
-        """x (B, H, W, C) -> s (B,)"""
+    def __call__(self, x, c=None):
+        """x (B, H, W, C), c (B, n_class) one-hot if there are classes -> s (B,)"""
         x = self.net(x)
-        return self.out(x.reshape(len(x), -1))[:, 0]
+        return of_class(self.out(x.reshape(len(x), -1)), c)
 
 
 class GAN(nn.Module):
@@ -159,27 +166,30 @@ class GAN(nn.Module):
 
 
 def gradient_penalty(critic, y):
-    """E[(|grad s(y)| - 1)^2] at the pictures y (B, H, W, C): the loss goes through this gradient once more."""
+    """E[(|grad s(y)| - 1)^2] at the images y (B, H, W, C): the loss is differentiated through this gradient."""
     slope = mx.grad(lambda y: critic(y).sum())(y)
     return (((slope**2).reshape(len(y), -1).sum(-1) ** 0.5 - 1) ** 2).mean()
 
 
-def discriminator_loss(model, x, fake, u):
-    """What D descends, and s (B,) of x, for x and fake = G(z) (B, H, W, C); u (B,) from 0 to 1 mixes the two."""
-    config, real, s = model.config, model.discriminator(x), model.discriminator(fake)
+def discriminator_loss(model, x, fake, c, u):
+    """What D minimises, and s (B,) of x, for x and fake = G(z) (B, H, W, C), both of the classes c (B, n_class).
+
+    u (B,) from 0 to 1 mixes the two, for the penalty.
+    """
+    config, real, s = model.config, model.discriminator(x, c), model.discriminator(fake, c)
     if config.loss == "wgan-gp":
         u = u.reshape(-1, 1, 1, 1)
-        penalty = gradient_penalty(model.discriminator, u * x + (1 - u) * fake)
+        penalty = gradient_penalty(lambda y: model.discriminator(y, c), u * x + (1 - u) * fake)
         return s.mean() - real.mean() + config.penalty * penalty, real
     # -log sigmoid(s) = softplus(s) - s and -log(1 - sigmoid(s)) = softplus(s); smoothed, real x are t real, 1 - t fake.
-    # One-sided: were fakes called a little real too, D would draw G to where it already puts them
+    # One-sided: if fakes counted as a little real, too, D would pull G to where it already puts them
     t = 1 - config.smoothing
     return (nn.softplus(real) - t * real).mean() + nn.softplus(s).mean(), real
 
 
 def generator_loss(model, z):
-    """What G descends, and s (B,) of G(z), for z (B, latent)."""
-    s = model.discriminator(model.generator(z))
+    """What G minimises, and s (B,) of G(z), for z (B, latent + n_class)."""
+    s = model.discriminator(model.generator(z), z[:, model.config.latent :])
     if model.config.loss == "wgan-gp":
         return -s.mean(), s  # its gradient in s is -1, always
     if model.config.loss == "minimax":
@@ -188,7 +198,7 @@ def generator_loss(model, z):
 
 
 def value(real, s, loss):
-    """V of the game that the loss belongs to, for D's s (B,) of real and of generated pictures."""
+    """V of the game that the loss belongs to, for D's s (B,) of real and of generated images."""
     if loss == "wgan-gp":
         return real.mean() - s.mean()
     return -nn.softplus(-real).mean() - nn.softplus(s).mean()
@@ -197,22 +207,19 @@ def value(real, s, loss):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-AXES = {Up: (3, 0, 1, 2), Down: (0, 3, 1, 2)}  # from MLX's (m, 4, 4, n) to torch's (n, m, 4, 4), (m, n, 4, 4)
-
-
 def to_numpy(model, arrays):
-    """What there is for each parameter, {name: array}, as numpy, a copy. Files have torch's names and layout."""
-    axes = {f"{name}.weight": AXES[type(layer)] for name, layer in model.named_modules() if type(layer) in AXES}
-    arrays = {name: a.transpose(axes[name]) if name in axes else a for name, a in arrays.items()}
+    """One array for each parameter, {name: array}, as numpy, a copy. Files have torch's names and layout."""
+    filters = [f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
+    arrays = {name: a.transpose(0, 3, 1, 2) if name in filters else a for name, a in arrays.items()}
     return {name.replace(".layers.", "."): np.array(a) for name, a in arrays.items()}  # layers: of nn.Sequential
 
 
 def from_numpy(model, arrays):
-    """The way back, for the names that the model has. Raises ValueError where a shape is not that of the parameter."""
-    axes = {f"{name}.weight": AXES[type(layer)] for name, layer in model.named_modules() if type(layer) in AXES}
+    """The inverse, for the names that the model has. Raises ValueError if a shape is not that of the parameter."""
+    filters = [f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
     found = {name: p for name, p in tree_flatten(model.parameters()) if name.replace(".layers.", ".") in arrays}
     given = {name: arrays[name.replace(".layers.", ".")] for name in found}
-    given = {name: a.transpose(np.argsort(axes[name])) if name in axes else a for name, a in given.items()}
+    given = {name: a.transpose(0, 2, 3, 1) if name in filters else a for name, a in given.items()}
     for name, p in found.items():
         if given[name].shape != p.shape:
             raise ValueError(f"{name} has shape {given[name].shape}, this model wants {p.shape}")
@@ -225,7 +232,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Put {name: numpy array} in place of the model's parameters and running statistics."""
+    """Replace the model's parameters and running statistics by {name: numpy array}."""
     if missing := sorted(get_weights(model).keys() - weights.keys()):
         raise ValueError(f"{missing[0]} is missing")
     weights = from_numpy(model, {name: weights[name] for name in get_weights(model)})
@@ -259,7 +266,7 @@ class Trainer:
         init_weights(self.model, seed)
         self.average = type(self.model.generator)(config).eval()  # its norms use running statistics
         self.average.update(self.model.generator.parameters())
-        # a long momentum would push on along the other player's last course: less of it, and none for the critic
+        # momentum would keep pushing in outdated directions as the other player moves: less of it, none for the critic
         betas, self.optimizers = (0.0, 0.9) if config.loss == "wgan-gp" else (0.5, 0.999), {}
         for player in ("generator", "discriminator"):
             self.optimizers[player] = optim.Adam(0.0, betas=betas, bias_correction=True)
@@ -270,7 +277,7 @@ class Trainer:
         return [mx.array(a) for a in arrays]
 
     def update(self, player, loss, lr):
-        """One step of one player down the first of loss()'s two; returns it, and the mean of D(.) by the second."""
+        """One step of a player down the first output of loss(); returns it, and the mean of D(.) from the second."""
         net, optimizer = getattr(self.model, player), self.optimizers[player]
         optimizer.learning_rate = lr
         (first, s), grads = nn.value_and_grad(net, loss)()  # these alone: the other player stays as it is
@@ -278,31 +285,34 @@ class Trainer:
         return first, self.opinion(s).mean()
 
     def step(self, x, z, u, lr):
-        """d_steps updates of D and one of G: x (d_steps, B, H, W, C), z (d_steps + 1, B, latent), u (d_steps, B).
+        """n = d_steps updates of D and one of G: x (n, B, H, W, C), z (n + 1, B, latent + n_class), u (n, B).
 
-        Gives {"loss", "g_loss"}, of D and G, each before its last update; and D(x), D(G(z)), or the critic's s.
+        The classes in z[i] are those of x[i]. Returns {"loss", "g_loss"}, of D and G, each before its last update; and
+        D(x), D(G(z)), or the critic's s.
         """
         x, z, u = self.arrays(x, z, u)
         self.t += 1
         for x_i, z_i, u_i in zip(x, z, u):
             fake = self.model.generator(z_i)
-            loss = partial(discriminator_loss, self.model, x_i, fake, u_i)
+            loss = partial(discriminator_loss, self.model, x_i, fake, z_i[:, self.config.latent :], u_i)
             loss, real = self.update("discriminator", loss, lr * self.config.d_lr)
         g_loss, s = self.update("generator", partial(generator_loss, self.model, z[-1]), lr)
+        ema = min(self.config.ema, (1 + self.t) / (10 + self.t))  # the start, plain grey, is soon forgotten
         average, generator = self.average.parameters(), self.model.generator.parameters()
-        self.average.update(tree_map(lambda a, p: a + (1 - self.config.ema) * (p - a), average, generator))
+        self.average.update(tree_map(lambda a, p: a + (1 - ema) * (p - a), average, generator))
         state = [self.model.parameters(), self.average.parameters(), [o.state for o in self.optimizers.values()]]
-        mx.eval(loss, g_loss, real, s, state)  # MLX is lazy: here the step is computed
+        mx.eval(loss, g_loss, real, s, state)  # MLX is lazy: the step is computed here
         return {"loss": loss, "g_loss": g_loss, "D(x)": real, "D(G(z))": s}
 
     def opinion(self, s):
         return s if self.config.loss == "wgan-gp" else mx.sigmoid(s)
 
     def evaluate(self, x, z):
-        """{"value"} of the game as it stands, for x (B, H, W, C) and z (B, latent)."""
+        """{"value"} of the game as it stands, for x (B, H, W, C) of the classes of z."""
         x, z = self.arrays(x, z)
         self.model.generator.eval()  # its norms' statistics stay as they are
-        real, s = self.model.discriminator(x), self.model.discriminator(self.model.generator(z))
+        c = z[:, self.config.latent :]
+        real, s = self.model.discriminator(x, c), self.model.discriminator(self.model.generator(z), c)
         self.model.generator.train()
         return {"value": value(real, s, self.config.loss)}
 
@@ -311,11 +321,11 @@ class Trainer:
         return np.array(self.opinion(self.model.discriminator(*self.arrays(x))))
 
     def generate(self, z):
-        """z (B, latent) float32 -> pictures by the average of G, numpy (B, H, W, C) in [-1, 1]."""
+        """z (B, latent + n_class) float32 -> images from the average of G, numpy (B, H, W, C) in [-1, 1]."""
         return np.array(self.average(*self.arrays(z)))
 
     def save(self, path, step, **extra):
-        """Weights, average, moments, step, config and what train.py wants to remember, to one .npz: all or nothing."""
+        """Weights, average, moments, step, config and what train.py adds, to one .npz: all or nothing."""
         arrays, m, v = get_weights(self.model), {}, {}
         arrays |= {f"average.{name}": a for name, a in get_weights(self.average).items()}
         for player, optimizer in self.optimizers.items():
@@ -330,7 +340,7 @@ class Trainer:
         os.replace(f"{path}.part", path)
 
     def load(self, path):
-        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        """Load what save wrote, in either framework; returns the step to continue from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)

@@ -4,11 +4,12 @@
 # ///
 """Train a GAN:  python train.py [--backend mlx] [--task toy] [--data mnist] [--model gan] [--loss wgan-gp] ...
 
-Tasks: pictures; toy (one dimension, where the densities are known, and with them the best discriminator).
---data: digits or flowers (synthetic), mnist, or your own folder of pictures.
-Figures: value (of the game, V), frechet (the Fréchet distance between 1,000 pictures made and real ones, in the
-features of a small classifier), and by that classifier least_share (of the class that is made least often), sure (the
-share of pictures made of which it is 90 % sure), judge (the share of real ones on which it is right).
+Tasks: pictures; toy (one dimension, with known densities and so a known best discriminator).
+--data: digits or flowers (synthetic), mnist, or your own folder of images.
+Figures: value (of the game, V), frechet (the Fréchet distance between 1,000 generated images and real ones, in the
+features of a small classifier), and by that classifier least_share (of the rarest class generated), sure (the share of
+generated images of which it is 90 % sure), asked (the share that it assigns to the requested class), judge (its
+accuracy on real images); petals (the share of flowers with the requested number of petals).
 """
 
 import argparse
@@ -31,59 +32,60 @@ except ImportError as error:
     sys.exit(print(f"train.py: {error}: pip install numpy pillow", file=sys.stderr) or 2)
 
 MODEL = "gan"
-DEFAULTS = {  # of the flags, task by task
-    "pictures": dict(model="dcgan", latent=64, steps=2400, batch_size=32, lr=2e-3, d_lr=0.5, smoothing=0.1, ema=0.995),
+DEFAULTS = {  # of the flags, for each task
+    "pictures": dict(model="dcgan", latent=64, steps=2400, lr=2e-3, d_lr=0.5, smoothing=0.1, ema=0.995),
     "toy": dict(model="gan", latent=4, steps=3000, batch_size=256, lr=2e-4, d_lr=3.0, smoothing=0.0, ema=0.99,
                 hidden=[64, 64], d_steps=5),
 }  # fmt: skip
 
 
 def defaults(asked):
-    """What the flags are that are not given."""
+    """The values of flags that are not given."""
     task = DEFAULTS[asked.task]
-    # down to 4 pixels of 32: where a convolution sees only strokes, G draws strokes, and no digits
+    # down to 4 pixels of 32: if convolutions see only strokes, G draws strokes, not digits
     halvings = max(1, math.ceil(math.log2(asked.size / 7)))
     hidden = [16, 32, 64, 128][:halvings] if (asked.model or task["model"]) == "dcgan" else [256, 256]
-    return dict(hidden=hidden, d_steps=5 if asked.loss == "wgan-gp" else 1) | task
+    batch_size = max(4, min(32, 2**16 // asked.size**2))
+    return dict(hidden=hidden, d_steps=5 if asked.loss == "wgan-gp" else 1, batch_size=batch_size) | task
 
 
 def read_args():
-    """The command line; and with --resume what the checkpoint remembers, else None."""
+    """Parse the command line: the arguments and, with --resume, the checkpoint's metadata, else None."""
     apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
-    add = parser.add_argument_group("kept in the checkpoint; --resume refuses others").add_argument
+    add = parser.add_argument_group("saved in the checkpoint; fixed when resuming").add_argument
     fixed = [
-        add("--task", choices=TASKS, default="pictures", help="what there is to learn"),
-        add("--data", default="digits", help="digits, flowers, mnist or a folder of pictures"),
+        add("--task", choices=TASKS, default="pictures", help="what to train"),
+        add("--data", default="digits", help="digits, flowers, mnist or a folder of images"),
         add("--count", type=within("[100, inf)", int), default=10000, help="digits or flowers; a fifth more held out"),
         add("--size", type=within("[8, 4096]", int), default=32, help="height and width; digits and mnist: 28 or more"),
         add("--model", choices=["gan", "dcgan"], help="linear layers, or convolutions"),
         add("--hidden", type=within("[1, 65536]", int), nargs="+", help="widths of D's layers; G's in reverse"),
-        add("--latent", type=within("[1, 65536]", int), help="numbers that stand for a picture"),
+        add("--latent", type=within("[1, 65536]", int), help="size of the latent vector"),
         add("--loss", choices=["non-saturating", "minimax", "wgan-gp"], default="non-saturating", help="of the game"),
-        add("--d-steps", type=within("[1, 1000]", int), help="updates of D for one of G; 5 for wgan-gp and toy"),
+        add("--d-steps", type=within("[1, 1000]", int), help="updates of D per update of G; 5 for wgan-gp and toy"),
     ]
-    add = parser.add_argument_group("kept too; --resume takes others").add_argument
+    add = parser.add_argument_group("saved too; may change when resuming").add_argument
     kept = [
-        add("--smoothing", type=within("[0, 1)"), help="D's target for real pictures is 1 less this"),
+        add("--smoothing", type=within("[0, 1)"), help="D's target for real images is 1 minus this"),
         add("--penalty", type=within("[0, inf)"), default=10.0, help="weight of the gradient penalty of wgan-gp"),
-        add("--d-lr", type=within("(0, inf)"), help="D's rate over G's"),
-        add("--ema", type=within("[0, 1)"), help="how slowly the average of G moves; 0: it is G"),
-        add("--steps", type=within("[0, inf)", int), help="0: only evaluate and draw"),
-        add("--batch-size", type=within("[1, 65536]", int), help="pictures of each update"),
-        add("--lr", type=within("(0, inf)"), help="G's rate; it stays the same"),
-        add("--seed", type=within("[0, 4294967295]", int), default=0, help="of weights, data, batches and latents"),
+        add("--d-lr", type=within("(0, inf)"), help="D's learning rate relative to G's"),
+        add("--ema", type=within("[0, 1)"), help="decay of the average of G's weights; 0: none"),
+        add("--steps", type=within("[0, inf)", int), help="0: only evaluate and sample"),
+        add("--batch-size", type=within("[1, 65536]", int), help="images per update"),
+        add("--lr", type=within("(0, inf)"), help="G's learning rate; constant"),
+        add("--seed", type=within("[0, 4294967295]", int), default=0, help="for weights, data, batches and latents"),
     ]
-    add = parser.add_argument_group("of this run alone").add_argument
+    add = parser.add_argument_group("for this run only").add_argument
     add("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch", help="the framework")
-    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (without: the best there is)")
-    add("--out", type=Path, help="the folder for what the run writes")
-    add("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
+    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best available)")
+    add("--out", type=Path, help="the output folder")
+    add("--resume", action="store_true", help="continue from OUT/ckpt.npz, whichever backend wrote it")
     return parse(parser, MODEL, fixed, kept, defaults)
 
 
 def rate(step, args):
-    """The learning rate: constant, for a game has no valley to come to rest in."""
+    """The learning rate: constant, as a game has no minimum to settle in."""
     return args.lr
 
 
@@ -91,24 +93,24 @@ def rate(step, args):
 
 
 def load_twin(args):
-    """The module model_torch or model_mlx; args.device becomes the device that it uses, args.rank this process's."""
+    """Import model_torch or model_mlx; sets args.device, and args.rank and args.world of this process."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
     except ImportError as error:
-        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or use the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
-        fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
+        fail(f"--device {args.device} is not available with {args.backend} here: use {', '.join(net.devices())}")
     args.rank, args.world = net.join() if hasattr(net, "join") else (0, 1)
-    if args.rank:  # one of several processes speaks and saves
+    if args.rank:  # only the first process prints and saves
         sys.stdout = open(os.devnull, "w")
     return net
 
 
 def fit(trainer, task, args, start, memory):
-    """Train from step `start` to args.steps; twenty times on the way evaluate, save and print a line.
+    """Train from step `start` to args.steps; about twenty times, evaluate, save and print a line.
 
-    Ctrl-C ends the step at hand, saves and exits with 130; a second one does not wait. Returns the steps a second.
+    Ctrl-C finishes the current step, saves and exits with 130; a second Ctrl-C does not wait. Returns steps per second.
     """
     ckpt, interrupted, every = args.out / "ckpt.npz", [], max(1, args.steps // 20)
 
@@ -133,12 +135,12 @@ def fit(trainer, task, args, start, memory):
                 fail(f"the loss is not finite at step {min(at, step)}: {why}{f'; {ckpt} is kept' * ckpt.exists()}")
         first = not speed and not args.resume
         try:
-            if first and ckpt.exists():
+            if first and not args.rank and ckpt.exists():
                 shutil.copy2(ckpt, args.out / "ckpt.old.npz")
             trainer.save(ckpt, done, **memory)
         except OSError as error:
             Path(f"{ckpt}.part").unlink(missing_ok=True)
-            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or name another --out")
+            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or choose another --out")
         speed, left = (done - start) / busy, (args.steps - done) * busy / (done - start)
         figures = {**values[-2], **values[-1]}
         line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -154,17 +156,17 @@ def fit(trainer, task, args, start, memory):
 
 
 def main():
-    """Arguments, task, model, checkpoint; train; report, and the result as the last line."""
+    """Set up the task, the model and the checkpoint; train; report; print the result as the last line."""
     began, (args, saved) = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
     fields, there = net.Config.__dataclass_fields__, saved["config"] if saved else {}
     for name, value in there.items():
         if name in fields and isinstance(value, str) != isinstance(fields[name].default, str):
-            fail(f"{ckpt} is damaged, its {name} is {value!r}: train anew without --resume, or name another --out")
+            fail(f"{ckpt} is damaged ({name} is {value!r}): start over without --resume, or choose another --out")
     note, task = claim(args), TASKS[args.task](args, saved)
     for name, value in (task.config | (task.extra if args.steps else {})).items():
         if saved and {**saved, **there}.get(name, value) != value:
-            fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
+            fail(f"{ckpt} was trained on other data (its {name} differs): use the same --data and --seed")
     config = {name: x for name, x in args.memory.items() if name in fields and x is not None} | task.config
     try:
         trainer = task.trainer(net, net.Config(**config | there))
@@ -172,7 +174,7 @@ def main():
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
             raise
-        fail(f"{ckpt} does not fit the model ({error!r}): train anew without --resume" if saved else error)
+        fail(f"{ckpt} does not fit the model ({error!r}): start over without --resume" if saved else error)
     params = sum(w.size for w in net.get_weights(trainer.model).values())
     print(f"{MODEL}: {args.backend} on {args.device}, {params:,} parameters; {task.about}; files go to {args.out}"
           f"{note}", flush=True)  # fmt: skip
@@ -188,15 +190,17 @@ def main():
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # numbers that are not finite are spoken of in fit
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer letters
+    warnings.simplefilter("ignore")  # fit reports numbers that are not finite
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack some characters
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+    except BrokenPipeError:  # as after `| head`: nobody reads the rest
         os._exit(141)
-    except (OSError, MemoryError) as error:  # a full disk, a folder that may not be written to, too little memory
-        print(f"train.py: {str(error)[:500] or 'too little memory'}: make room, or change --out", file=sys.stderr)
+    except (OSError, MemoryError, RuntimeError) as error:  # a full disk, no permission to write, too little memory
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        print(f"train.py: {str(error)[:500] or 'no memory'}: make room, or change --out, --batch-size", file=sys.stderr)
         os._exit(2)

@@ -1,6 +1,6 @@
-"""What there is to learn: a text, dialogues, and sums by trial and reward.
+"""The tasks: continue a text, answer in dialogues, learn sums by reinforcement.
 
-One class a task, all in numpy. A new task is one more class, named in TASKS at the end.
+One class per task, all in numpy. To add a task, write one more class and add it to TASKS at the end.
 """
 
 import argparse
@@ -8,11 +8,14 @@ import atexit
 import codecs
 import hashlib
 import heapq
+import io
 import json
 import math
 import os
 import pydoc_data.topics
 import re
+import shutil
+import signal
 import string
 import sys
 import time
@@ -24,8 +27,11 @@ from urllib.request import urlopen
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+LARGE = 1 << 24  # bytes; the tokens of a larger text are kept in files
+PIECE = 1 << 22  # bytes that are read at once
+MEASURED = 1 << 20  # the most held-out tokens to evaluate
 END = "\3"  # ASCII's end of a text: it comes after each message of a dialogue
-WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # what byte pairs are merged within
+WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # byte pairs are merged within such words
 CONV1D = "c_attn.weight", "c_proj.weight", "c_fc.weight"  # GPT-2's files hold these as (in, out)
 OPPOSITES = "hot cold, big small, old new, up down, left right, day night, good bad, fast slow, open shut, dry wet"
 TALK = [("Hello!", "Hello! Ask me something."), ("How are you?", "I am fine, thank you."), ("Who are you?", "A GPT."),
@@ -35,7 +41,7 @@ TALK = [("Hello!", "Hello! Ask me something."), ("How are you?", "I am fine, tha
 
 
 def fail(message):
-    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
+    """End the run on bad input: one line that says what is wrong and how to fix it, exit code 2."""
     print("train.py:", " ".join(str(message).split())[:1000], file=sys.stderr)
     raise SystemExit(2)
 
@@ -72,7 +78,7 @@ def read_meta(path, model):
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
                 raise ValueError("a part is damaged or compressed")
             meta = json.loads(str(f["meta"]))
-        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        most = max(1 << 20, path.stat().st_size)  # no dimension of a model exceeds its file's size in bytes
         for name, value in meta["config"].items():
             if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
                 raise ValueError(f"its {name} is {value}")
@@ -85,14 +91,14 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} is no checkpoint to go on from ({reason}): train anew without --resume, or name another --out")
+    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
-    """The arguments; and with --resume what the checkpoint remembers, else None.
+    """The arguments and, with --resume, the checkpoint's metadata, else None.
 
-    A flag that is not given is as in the checkpoint, or as defaults() says. A resumed run may not change those of
-    `fixed`; it may change those of `kept`, which a checkpoint remembers, too.
+    A flag that is not given takes its value from the checkpoint, else from defaults(). Checkpoints save the flags of
+    both lists; a resumed run may not change those in `fixed`, but may change those in `kept`.
     """
     given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
     parser.error, parser.formatter_class, saved, known = fail, Help, None, {}
@@ -104,12 +110,12 @@ def parse(parser, model, fixed, kept, defaults):
         known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
     for flag in fixed:
         asked, there = getattr(given, flag.dest), known.get(flag.dest)
-        if None not in (asked, there) and asked != there and flag.dest != "data":  # those are compared by their content
+        if None not in (asked, there) and asked != there and flag.dest != "data":  # data is compared by content
             fail(f"{flag.option_strings[0]} {asked} contradicts {out / 'ckpt.npz'}, which has {there}: leave it out")
     known |= {"data": given.data} if given.data else {}
     parser.set_defaults(out=out, **known)
     parser.set_defaults(**{**defaults(parser.parse_known_args()[0]), **known})
-    parser.add_argument("-h", "--help", action="help", help="show this and end")
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     args = parser.parse_args()
     args.memory = {flag.dest: getattr(args, flag.dest) for flag in fixed + kept}
     if saved:
@@ -118,17 +124,20 @@ def parse(parser, model, fixed, kept, defaults):
 
 
 def claim(args):
-    """Make the folder args.out this run's own until it ends; returns what its first line has to say of that."""
+    """Lock the folder args.out until the run ends; returns a note for the run's first line."""
     if args.rank:
         return ""
     args.out.mkdir(parents=True, exist_ok=True)
     lock, ckpt = args.out / "lock", args.out / "ckpt.npz"
     try:
         if (pid := int(lock.read_text())) != os.getpid():
-            os.kill(pid, 0)  # no signal: it asks whether there is such a process
-            fail(f"{args.out} is in use by process {pid}: wait for its end, or name another --out")
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        lock.unlink(missing_ok=True)  # of a run that was killed
+            os.kill(pid, 0)  # sends no signal, only checks that the process exists
+            fail(f"{args.out} is in use by process {pid}: wait until it ends, or choose another --out")
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # none, or left by a killed run
+    except (OverflowError, ValueError):
+        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+    lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
     atexit.register(lock.unlink, missing_ok=True)
@@ -138,7 +147,7 @@ def claim(args):
 
 
 def record(out, row, first):
-    """Append {figure: number} to OUT/log.jsonl, or begin it anew, and draw what is in it as OUT/curve.png."""
+    """Append {figure: number} to OUT/log.jsonl, or start a new log, and plot the log in OUT/curve.png."""
     log, names = out / "log.jsonl", [name for name in row if "step" not in name]
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
@@ -149,13 +158,13 @@ def record(out, row, first):
     for i, name in enumerate(names):
         x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
-        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
+        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, lowest {y.min():.4g}", (60, 60, 60), font)
         draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
 def digest(*arrays):
-    """A hash of what is learned from: by it a checkpoint knows its data, whatever their file is called."""
+    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -185,21 +194,21 @@ def fetch(file, md5, *urls):
 
 
 class Task:
-    """What train.py asks of a task. To add your own, write a class like those below and name it in TASKS.
+    """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Beside what stands here: batch(step), the arrays of Trainer.step, drawn from (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on data held out, for a log line of a part of them.
+    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
+    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
     """
 
-    config, extra, about = {}, {}, ""  # its part of the model's Config; what a checkpoint must know of it; a line
-    tokens = 0  # of a step, where tokens are counted
+    config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
+    tokens = 0  # per step, where tokens are counted
 
     def trainer(self, net, config):
-        """The Trainer that learns it."""
+        """The Trainer for this task."""
         return net.Trainer(config, seed=self.args.seed, device=self.args.device)
 
     def report(self, trainer):
-        """At the end: more figures, and the names of the files that it wrote to args.out."""
+        """At the end: more figures, and the names of the files written to args.out."""
         return {}, []
 
 
@@ -207,7 +216,7 @@ class Task:
 
 
 def load_text(name):
-    """The text of a public set, of a file, or, for no name, of Python's manual: no rulers, and each paragraph once."""
+    """A public dataset, a text file or, without a name, Python's manual: without rulers, each paragraph once."""
     if not name:
         lines = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())).split("\n")
         paragraphs = "\n".join(line for line in lines if not line or set(line) - set("*=-~^")).split("\n\n")
@@ -219,7 +228,7 @@ def load_text(name):
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"{name} is no text that can be read ({error}): name a file in UTF-8, or tinyshakespeare")
+        fail(f"{name} can't be read as text ({error}): name a file in UTF-8, or tinyshakespeare")
     if not text or "\0" in text:
         fail(f"{name} is empty or binary: name a text file in UTF-8, or tinyshakespeare")
     return text
@@ -236,7 +245,7 @@ class Characters:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         if unknown := set(codes[self.codes[ids] != codes].tolist()):
-            fail(f"the model's alphabet lacks {', '.join(repr(chr(c)) for c in sorted(unknown)[:5])}: leave it out")
+            fail(f"the model's alphabet lacks {', '.join(repr(chr(c)) for c in sorted(unknown)[:5])}: leave them out")
         return ids.astype(np.int64)
 
     def decode(self, token):
@@ -244,9 +253,9 @@ class Characters:
 
 
 def learn_bpe(text, n):
-    """Byte-pair encoding (Sennrich et al. 2016): n times the commonest pair of neighbours is made one token.
+    """Byte-pair encoding (Sennrich et al. 2016): n times, the most frequent pair of neighbours becomes one token.
 
-    Returns {token: rank}, bytes and int, the 256 single bytes first: what tiktoken encodes by.
+    Returns {token: rank}, bytes and int, the 256 single bytes first, as tiktoken needs it.
     """
     counts = Counter(re.findall(WORDS, text))
     words = [[bytes([b]) for b in word.encode()] for word in counts]
@@ -260,7 +269,7 @@ def learn_bpe(text, n):
     heapq.heapify(heap)
     while len(ranks) < 256 + n and heap:
         count, pair = heapq.heappop(heap)
-        if -count != pairs[pair]:  # it has become rarer since it was put there: back to its place
+        if -count != pairs[pair]:  # now rarer than when it was pushed: push it again
             if pairs[pair]:
                 heapq.heappush(heap, (-pairs[pair], pair))
             continue
@@ -296,7 +305,7 @@ class BytePairs:
             own = dict(pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
             self.encoding = tiktoken.Encoding("pairs", **own) if ranks else tiktoken.get_encoding("gpt2")
         except Exception as error:
-            files = "" if ranks else ", and GPT-2's two files: it downloads them once, or TIKTOKEN_CACHE_DIR has them"
+            files = "" if ranks else ", and GPT-2's two files, downloaded once or found in TIKTOKEN_CACHE_DIR"
             fail(f"--tokenizer bpe and gpt2 need tiktoken (pip install tiktoken){files} ({type(error).__name__})")
         self.vocab_size, self.decode = self.encoding.n_vocab, self.encoding.decode_single_token_bytes
 
@@ -304,22 +313,146 @@ class BytePairs:
         return np.array(self.encoding.encode_ordinary(text), np.int64)
 
 
-def learn_tokenizer(kind, text, merges):
-    """What a checkpoint has to know of a tokenizer: [its kind, its alphabet or its tokens]."""
+def learn_tokenizer(kind, texts, merges):
+    """What a checkpoint saves of a tokenizer: [its kind, its alphabet or tokens]; bpe reads only the first text."""
     if kind == "chars":
-        return [kind, "".join(sorted(set(text)))]
-    return [kind, [token.hex() for token in learn_bpe(text, merges)] if kind == "bpe" else None]
+        return [kind, "".join(sorted(set().union(*map(set, texts))))]
+    return [kind, [token.hex() for token in learn_bpe(next(iter(texts)), merges)] if kind == "bpe" else None]
 
 
 def make_tokenizer(kind, known):
-    if kind == "chars":
+    """The tokenizer that learn_tokenizer describes; TypeError or ValueError if the description is invalid."""
+    if kind == "chars" and isinstance(known, str) and known.encode():
         return Characters(known)
-    return BytePairs({bytes.fromhex(token): rank for rank, token in enumerate(known)} if kind == "bpe" else None)
+    ranks = {bytes.fromhex(token): rank for rank, token in enumerate(known)} if kind == "bpe" else None
+    if kind not in ("bpe", "gpt2") or ranks is not None and {bytes([b]) for b in range(256)} - ranks.keys():
+        raise ValueError
+    return BytePairs(ranks)
 
 
 def spell(tokenizer, token):
     """The bytes of a token: none if the tokenizer, which may have fewer than the model, lacks it."""
     return tokenizer.decode(int(token)) if token < tokenizer.vocab_size else b""
+
+
+# ---- data larger than memory: tokens in files ------------------------------------------------------------------------
+
+
+def on_disk(name):
+    """The path of data not to be read at once (a large text, a .bin of tokens, a folder with train.bin), or None."""
+    tokens = str(name).endswith(".bin") or os.path.exists(f"{name}/train.bin")
+    return Path(name) if tokens or os.path.isfile(str(name)) and os.path.getsize(name) > LARGE else None
+
+
+def cut_at(path):
+    """How many bytes of a text to train on: nine tenths, up to the end of a character."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        f.seek(size * 9 // 10)
+        return size * 9 // 10 + next((i for i, byte in enumerate(f.read(4)) if byte >> 6 != 2), 0)
+
+
+def pieces(path, start, end):
+    """Yield the text in bytes start to end of a file, cut before a space between words, where any tokenizer cuts."""
+    utf8, text = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), True), ""
+    with open(path, "rb") as f:
+        f.seek(start)
+        while start < end:
+            block, start = f.read(min(PIECE, end - start)), start + PIECE
+            try:
+                text += utf8.decode(block, start >= end)
+            except UnicodeDecodeError as error:
+                fail(f"{path} can't be read as text ({error}): name a file in UTF-8")
+            if "\0" in text:
+                fail(f"{path} is binary: name a text file in UTF-8, or tokens in a .bin")
+            found = re.match(r".*\S(?= [^\W\d_])", text, re.S) if start < end else None
+            cut = found.end() if found else len(text)
+            yield text[:cut]
+            text = text[cut:]
+
+
+def write_tokens(folder, path, tokenizer, readable):
+    """Write the tokens of a text to train.bin and val.bin in a new folder; held-out text passes through readable()."""
+    folder.mkdir()
+    cut, size = cut_at(path), os.path.getsize(path)
+    for file, start, end in ("train.bin", 0, cut), ("val.bin", cut, size):
+        with open(folder / file, "wb") as f:
+            for i, text in enumerate(pieces(path, start, end)):
+                f.write(tokenizer.encode(readable(text) if start else text).astype(width(tokenizer)))
+                done = min(start + (i + 1) * PIECE, end)
+                print(f"{folder}  {done / 1e6:.1f} of {size / 1e6:.1f} MB", end="\n\r"[done < size], file=sys.stderr)
+
+
+def tokenize(path, tokenizer, known, readable):
+    """The folder with the tokens of a large text, written on first use: beside it or, failing that, in $DATA_DIR.
+
+    Its name changes with the size and date of the text, and with `known`, what the tokenizer was made from.
+    """
+    import fcntl
+
+    there = f"{known} {path.stat().st_size} {path.stat().st_mtime_ns}".encode("utf-8", "surrogatepass")
+    home = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data"))
+    home = path.parent if os.access(path.parent, os.W_OK) else home
+    folder = home / f"{path.name}.{hashlib.md5(there).hexdigest()[:12]}"
+    part, lock = (folder.with_name(folder.name + end) for end in (".part", ".lock"))
+    if folder.exists():
+        return folder
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with open(lock, "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)  # one process writes, the others wait until it ends or dies
+            try:
+                shutil.rmtree(part, ignore_errors=True)
+                if not folder.exists():
+                    write_tokens(part, path, tokenizer, readable)
+                    part.replace(folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+    except OSError as error:
+        fail(f"{folder} could not be written, the tokens of {path} ({error.strerror or error}): make room there")
+    return folder
+
+
+def width(tokenizer):
+    """The type of a token in a file: nanoGPT's, or for more than 65,536 tokens one of four bytes."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
+
+
+class TokenFile:
+    """The tokens in a file, or tenths a to b of them, read on access: file[places], like an array."""
+
+    def __init__(self, file, tokenizer, a=0, b=10):
+        self.file, self.tokenizer, self.dtype = file, tokenizer, width(tokenizer)
+        size = os.path.getsize(file) if os.path.isfile(file) else 0
+        n, rest = divmod(size, self.dtype.itemsize)
+        if rest or not n:
+            fail(f"{file} must hold tokens in {self.dtype.itemsize} bytes each: it has {size} bytes")
+        self.span = slice(n * a // 10, n * b // 10)
+
+    def __len__(self):
+        return self.span.stop - self.span.start
+
+    def __getitem__(self, places):
+        """int64, of the shape of `places`. A map brings up to 1 MB around each place into memory, until it is gone."""
+        parts = np.array_split(places, math.ceil(len(places) / 64))
+        parts = [np.memmap(self.file, self.dtype, "r")[self.span][part] for part in parts]
+        ids = np.array(np.concatenate(parts), np.int64)
+        if ids.max() >= (n := self.tokenizer.vocab_size):
+            fail(f"{self.file} has a token {ids.max()}, the tokenizer only {n}: use the one it was written with")
+        return ids
+
+    def excerpt(self):
+        """A thousand tokens spread over the file, (1000,)."""
+        return self[np.linspace(0, len(self) - 1, 1000).astype(int)]
+
+
+def open_tokens(path, tokenizer, known, readable):
+    """Training and held-out tokens, as two TokenFiles: of a large text, or of tokens that are in files already."""
+    if path.suffix == ".bin":
+        return TokenFile(path, tokenizer, 0, 9), TokenFile(path, tokenizer, 9, 10)
+    folder = path if path.is_dir() else tokenize(path, tokenizer, known, readable)
+    return TokenFile(folder / "train.bin", tokenizer), TokenFile(folder / "val.bin", tokenizer)
 
 
 # ---- weights from elsewhere ------------------------------------------------------------------------------------------
@@ -328,11 +461,11 @@ def spell(tokenizer, token):
 def read_safetensors(folder):
     """Yield the name and the float32 array of each tensor in the folder's *.safetensors.
 
-    Such a file is eight bytes of length, a JSON header of that length, and the numbers.
+    Such a file has the length of a JSON header in eight bytes, then the header, then the numbers.
     """
-    types = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # of other types are only buffers
+    types = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # only buffers have other types
     if not (files := sorted(Path(folder).glob("*.safetensors"))):
-        fail(f"{folder} has no *.safetensors: name a folder in the layout of Hugging Face")
+        fail(f"{folder} has no *.safetensors: name a folder in Hugging Face's format")
     for file in files:
         try:
             raw = np.memmap(file, np.uint8, "r")
@@ -344,19 +477,19 @@ def read_safetensors(folder):
                     bits = entry["dtype"] == "BF16"  # the upper half of a float32
                     yield name, (w.astype(np.uint32) << 16).view(np.float32) if bits else w.astype(np.float32)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            fail(f"{file} is damaged ({error}): fetch it again")
+            fail(f"{file} is damaged ({error}): download it again")
 
 
 def load_gpt2(folder):
-    """Of a GPT-2 as Hugging Face stores it: what read_meta would say, and the weights by the names of this folder."""
+    """Load a GPT-2 in Hugging Face's format: metadata like read_meta's, and the weights, named as in this folder."""
     try:
         c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = {name: c[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         meta = {"config": {"block_size": c["n_positions"], **config}, "tokenizer": c.get("tokenizer", ["gpt2", None])}
         if not all(isinstance(n, int) and 0 < n < 2**31 for n in meta["config"].values()):
-            raise ValueError("a size is no whole number, or far too large")
+            raise ValueError("a size is not an integer, or far too large")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        fail(f"{folder} has no config.json of a GPT-2 ({error!r}): name a ckpt.npz, or GPT-2 as Hugging Face stores it")
+        fail(f"{folder} has no config.json of a GPT-2 ({error!r}): name a ckpt.npz, or GPT-2 in Hugging Face's format")
     weights = {}
     for name, w in read_safetensors(folder):
         name = name.removeprefix("transformer.")
@@ -364,14 +497,14 @@ def load_gpt2(folder):
             weights[name] = w.T.copy() if name.endswith(CONV1D) else w
     c, there = meta["config"], sum(w.size for w in weights.values())
     if there < c["n_embd"] * (12 * c["n_layer"] * c["n_embd"] + c["vocab_size"] + c["block_size"]):
-        fail(f"{folder} lacks weights, it has {there:,} numbers, too few for its config.json: fetch it again")
+        fail(f"{folder} lacks weights, it has {there:,} numbers, too few for its config.json: download it again")
     return meta, weights
 
 
 def read_model(path):
-    """The same of a checkpoint or of such a folder."""
+    """The same from a checkpoint or from such a folder."""
     if not path.exists():
-        fail(f"--init {path} is not there: name a ckpt.npz, or a folder with a GPT-2 as Hugging Face stores it")
+        fail(f"--init {path} does not exist: name a ckpt.npz, or a folder with a GPT-2 in Hugging Face's format")
     if path.is_dir():
         return load_gpt2(path)
     meta = read_meta(path, "gpt")
@@ -380,9 +513,9 @@ def read_model(path):
 
 
 def export_gpt2(folder, meta, weights):
-    """The way back: what transformers opens with GPT2LMHeadModel.from_pretrained(folder).
+    """The inverse: write what transformers loads with GPT2LMHeadModel.from_pretrained(folder).
 
-    Both files are written beside those that may be there, and take their places when they are whole.
+    Both files are written under other names first, and replace existing ones when they are complete.
     """
     header, arrays, end = {"__metadata__": {"format": "pt"}}, [], 0
     for name, w in weights.items():
@@ -412,13 +545,13 @@ def export_gpt2(folder, meta, weights):
 
 
 def load_messages(path):
-    """The dialogues of a file in which each line is JSON: {"messages": [{"role": "user", "content": "..."}, ...]}."""
+    """The dialogues of a file with JSON in each line: {"messages": [{"role": "user", "content": "..."}, ...]}."""
     try:
         lines = filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n"))
         dialogues = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines]
         texts = [text for dialogue in dialogues for message in dialogue for text in message]
         if not all(isinstance(text, str) and text == text.encode(errors="ignore").decode() for text in texts):
-            raise ValueError("a role or a content is no text")
+            raise ValueError("a role or a content is not text")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f'{path} must have lines like {{"messages": [{{"role": "user", "content": "..."}}]}} ({error!r})')
     if not dialogues:
@@ -429,7 +562,7 @@ def load_messages(path):
 def draw_sum(rng, held_out=False):
     """A sum or difference of numbers below fifty: question, answer, result; a tenth of all is held out.
 
-    The answer is worked out aloud, tens before ones, 17+20=37+5=42: each step is easier to learn than the whole.
+    The answer shows the steps, tens before ones, 17+20=37+5=42: each step is easier to learn than the whole.
     """
     while True:
         a, b, minus = map(int, rng.integers(0, (50, 50, 2)))
@@ -457,7 +590,7 @@ def draw_dialogue(rng):
 def render(tokenizer, dialogue, answer=False):
     """Tokens (n,) of the messages [(role, content), ...], and whether each is the assistant's to say, (n,) of 0 and 1.
 
-    A message is its role, a line's end, its content and END. With `answer` the assistant is about to speak.
+    A message is its role, a newline, its content and END. With `answer`, the assistant is about to speak.
     """
     parts = []
     for role, content in dialogue:
@@ -469,7 +602,7 @@ def render(tokenizer, dialogue, answer=False):
 
 
 def reply(trainer, tokenizer, prompts, temperature, seed, reference=False):
-    """What is said to prompts of one length (B, T): tokens (B, n), and which of them are the answer, END included."""
+    """Answer prompts of one length (B, T): tokens (B, n), and which of them are the answer, END included."""
     end, said, done = tokenizer.encode(END)[0], [], False
     for token in trainer.generate(prompts, 20, temperature, seed=seed, reference=reference):
         said, done = [*said, token], done | (token == end)
@@ -488,7 +621,7 @@ def grade(tokenizer, said, own, results):
 
 
 def share_right(trainer, tokenizer, n, temperature, seed, reference=False):
-    """The share of n sums, none of which was trained on, that are answered rightly."""
+    """The share of n held-out sums that are answered correctly."""
     rng, right = np.random.default_rng((seed, 4)), 0.0
     asked = [draw_sum(rng, held_out=True) for _ in range(n)]
     prompts = [render(tokenizer, [("user", question)], answer=True)[0] for question, *_ in asked]
@@ -500,19 +633,19 @@ def share_right(trainer, tokenizer, n, temperature, seed, reference=False):
 
 
 def advantages(reward, log_ratio, group, beta):
-    """What each of a group's answers is worth beside the others': r - beta log p/ref, less the mean of the others'."""
+    """The advantage of each answer over its group: r - beta log p/ref, minus the mean of the others'."""
     worth = (reward - beta * log_ratio).reshape(-1, group)
     others = (worth.sum(1, keepdims=True) - worth) / (group - 1)
     return (worth - others).reshape(-1) / len(reward)
 
 
-# ---- what the model writes -------------------------------------------------------------------------------------------
+# ---- generated text --------------------------------------------------------------------------------------------------
 
 
 def stream(trainer, tokenizer, ids, args):
     """Yield, token by token, the text that follows ids; it ends before the first of the strings args.stop.
 
-    What may be the beginning of such a string is held back.
+    Text that may be the beginning of such a string is held back.
     """
     if args.beam > 1:
         n = min(args.tokens, trainer.config.block_size - len(ids))
@@ -563,11 +696,26 @@ def talk(trainer, tokenizer, args):
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
-class Writing(Task):
-    """What all tasks share: the model that they start from, its tokenizer, and what is written at the end."""
+def together(step, agree):
+    """Trainer.step for several processes: Ctrl-C reaches them at different steps, but stops all after the same one."""
+    asked, handlers = [], []
 
-    def begin(self, args, saved, text=""):
-        """Take up the model to go on from and its tokenizer, or learn a tokenizer of the training text."""
+    def shared(*arrays, lr):
+        if not handlers:  # fit's, which is set after the Trainer is made
+            handlers.append(signal.signal(signal.SIGINT, lambda *_: asked.append(True)))
+        if agree(bool(asked)):
+            signal.signal(signal.SIGINT, handlers[0])
+            signal.raise_signal(signal.SIGINT)
+        return step(*arrays, lr=lr)
+
+    return shared
+
+
+class Writing(Task):
+    """What all tasks share: the model they start from, its tokenizer, and the text generated at the end."""
+
+    def begin(self, args, saved, texts=("",)):
+        """Load the model to start from and its tokenizer, or learn a tokenizer from the training texts."""
         if args.batch_size < (least := args.accumulate * args.world):
             fail(f"--batch-size must be {least} or more: a row for each process and part")
         args.stop = args.stop or []
@@ -577,18 +725,18 @@ class Writing(Task):
             try:
                 args.export_hf.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                fail(f"--export-hf {args.export_hf} can't be made a folder ({error.strerror}): name another")
+                fail(f"--export-hf {args.export_hf} can't be created ({error.strerror}): name another folder")
             if {file.name for file in args.export_hf.glob("*.safetensors")} - {"model.safetensors"}:
                 fail(f"--export-hf {args.export_hf} holds another model: name an empty folder")
         if args.chat or args.prompt == "-":
             if args.world > 1:
                 fail("--chat and --prompt - are for one process: leave them to a later run")
             if sys.stdin is None:
-                fail("the standard input is closed, from which --chat and --prompt - read: leave them out")
+                fail("--chat and --prompt - read the standard input, which is closed: leave them out")
             sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
         if any("\ud800" <= c <= "\udfff" for c in args.prompt or ""):
-            fail("--prompt has characters that are no text: type it in UTF-8")
+            fail("--prompt has characters that are not text: type it in UTF-8")
         self.args, self.weights, meta = args, None, saved
         if args.init and not saved:
             meta, self.weights = read_model(Path(args.init))
@@ -597,20 +745,22 @@ class Writing(Task):
         if args.n_embd % args.n_head:
             fail("--n-embd must be a multiple of --n-head")
         source = args.out / "ckpt.npz" if saved else args.init
-        if meta and "tokenizer" not in meta:
-            fail(f"{source} does not say how its text was cut into tokens: train it anew")
-        kind, known = meta["tokenizer"] if meta else learn_tokenizer(args.kind or "chars", text, args.merges)
+        told = meta.get("tokenizer") if meta else learn_tokenizer(args.kind or "chars", texts, args.merges)
+        try:
+            kind, known = told
+            self.tokenizer, self.extra = make_tokenizer(kind, known), {"tokenizer": [kind, known]}
+        except (TypeError, ValueError):
+            fail(f"{source} does not say how its text was tokenized: train a new one")
         if args.kind not in (None, kind):
             fail(f"--tokenizer {args.kind} contradicts {source}, which has {kind}: leave it out")
         args.memory |= {"kind": kind}
-        self.tokenizer, self.extra = make_tokenizer(kind, known), {"tokenizer": [kind, known]}
         self.config = {"vocab_size": self.tokenizer.vocab_size, **self.config}
         if self.tokenizer.vocab_size > self.config["vocab_size"]:
             n = self.config["vocab_size"], self.tokenizer.vocab_size
-            fail(f"{source} knows {n[0]} tokens, its tokenizer has {n[1]}: take another")
+            fail(f"{source} knows {n[0]} tokens, its tokenizer has {n[1]}: use another")
 
     def take_shape(self, config):
-        """The shape of the model to go on from, in place of that of the flags; a shorter context is allowed."""
+        """Take the shape of the model to start from, not that of the flags; a shorter context is allowed."""
         args = self.args
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
             asked, there = getattr(args, name), config[name]
@@ -621,7 +771,7 @@ class Writing(Task):
         self.config = {name: x for name, x in config.items() if name not in ("dropout", "optimizer")}
 
     def readable(self, text):
-        """Held-out text without the characters that the alphabet, which was learned without it, lacks."""
+        """Held-out text without the characters that are not in the alphabet of the training text."""
         known = set(getattr(self.tokenizer, "alphabet", text))
         return "".join(c for c in text if c in known)
 
@@ -637,14 +787,21 @@ class Writing(Task):
             try:
                 net.set_weights(trainer.model, self.weights)
             except (KeyError, ValueError) as error:
-                fail(f"{args.init} lacks a weight that the model asks for ({error}): fetch it again")
+                fail(f"{args.init} lacks a weight that the model needs ({error}): download it again")
             self.weights = None  # they may be large
+        if args.world > 1:
+            trainer.step = together(trainer.step, net.agree)
         return trainer
 
     def report(self, trainer):
-        """Write on from each of self.prompts, [(what is shown of it, its tokens)]; talk; export."""
-        if self.args.rank:  # one of several processes is enough
-            return {}, []
+        """One of several processes writes, and the others wait until it is done."""
+        ended = ({}, []) if self.args.rank else self.write(trainer)
+        if self.args.world > 1:
+            self.net.agree(False)
+        return ended
+
+    def write(self, trainer):
+        """Continue each of self.prompts, [(the text to show, its tokens)]; chat; export."""
         args, sample, began, files = self.args, [], time.perf_counter(), ["sample.txt"]
         for shown, ids in self.prompts:
             print(f"\n{shown}", end="", flush=True)
@@ -661,34 +818,55 @@ class Writing(Task):
 
 
 class Text(Writing):
-    """Going on with a text: windows of it, drawn at random; the last tenth of it is held out."""
+    """Continue a text: random windows of it; the last tenth of it is held out."""
 
     def __init__(self, args, saved):
         if args.chat:
             fail("--chat is for --task chat or rl: train one of these first")
-        text = load_text(args.data)
-        train, val = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
-        self.begin(args, saved, train)
-        self.train, self.val = self.tokenizer.encode(train), self.tokenizer.encode(self.readable(val))
+        if path := on_disk(args.data):
+            head = self.begin_large(args, saved, path)
+            known = json.dumps(self.extra["tokenizer"])
+            self.train, self.val = open_tokens(path, self.tokenizer, known, self.readable)
+            self.extra["digest"] = digest(self.train.excerpt())
+        else:
+            text = load_text(args.data)
+            head, val = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+            self.begin(args, saved, [head])
+            self.train, self.val = self.tokenizer.encode(head), self.tokenizer.encode(self.readable(val))
+            self.extra["digest"] = digest(self.train)
         T, n = args.block_size, (len(self.train), len(self.val))
         if min(n) <= T:
-            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or have {10 * T + 10}")
-        prompt = ("The " if "The " in train else train[0]) if args.prompt is None else args.prompt
+            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or provide {10 * T + 10}")
+        prompt = ("The " if "The " in head else head[0]) if args.prompt is None else args.prompt
         self.prompts = [(prompt, self.check(self.tokenizer.encode(prompt)))]
-        self.extra["digest"], self.tokens = digest(self.train), args.batch_size * T
-        self.about = f"{args.data or 'manual of Python'}: {n[0]:,} tokens to train on, {n[1]:,} held out"
+        self.tokens, measured = args.batch_size * T, f", {MEASURED:,} of them measured" * (n[1] > MEASURED)
+        self.about = f"{args.data or 'Python manual'}: {n[0]:,} tokens to train on, {n[1]:,} held out{measured}"
+
+    def begin_large(self, args, saved, path):
+        """The same for data on disk; returns its beginning, for the default prompt."""
+        text = path.is_file() and path.suffix != ".bin"
+        if not text and not (saved or args.init):
+            if args.kind not in (None, "gpt2"):
+                fail(f"{path} holds tokens, GPT-2's unless --init says otherwise: leave --tokenizer {args.kind} out")
+            args.kind = "gpt2"
+        self.begin(args, saved, pieces(path, 0, cut_at(path)) if text else ())
+        return next(pieces(path, 0, PIECE)) if text else "The "
 
     def windows(self, ids, at):
         x = ids[at[:, None] + np.arange(self.args.block_size + 1)]  # (B, T + 1)
         return x[:, :-1], x[:, 1:]
 
     def batch(self, step):
-        rng, T = np.random.default_rng((self.args.seed, step, 1)), self.args.block_size
-        return self.windows(self.train, rng.integers(0, len(self.train) - T, self.args.batch_size))
+        args, rng, T = self.args, np.random.default_rng((self.args.seed, step, 1)), self.args.block_size
+        at, x, y = rng.integers(0, len(self.train) - T, args.batch_size), *np.zeros((2, args.batch_size, T), np.int64)
+        own = slice(args.rank, None, args.world)  # the rows of other processes are not read
+        x[own], y[own] = self.windows(self.train, at[own])
+        return x, y
 
     def evaluate(self, trainer, whole=False):
         starts, total = np.arange(0, len(self.val) - self.args.block_size, self.args.block_size), 0.0
-        starts = starts[:: 1 if whole else math.ceil(len(starts) / 64)]  # 64 are enough for the log
+        most = max(64, MEASURED // self.args.block_size) if whole else 64  # 64 are enough for the log
+        starts = starts[:: math.ceil(len(starts) / most)]
         rows = max(1, min(32, 2**26 // self.args.block_size // self.tokenizer.vocab_size))  # no more logits than fit
         for at in np.array_split(starts, math.ceil(len(starts) / rows)):
             total += float(trainer.evaluate(*self.windows(self.val, at))["val_loss"]) * len(at)
@@ -696,7 +874,7 @@ class Text(Writing):
 
 
 class Chat(Writing):
-    """Answering: the loss is of the assistant's tokens only. The last tenth of the dialogues is held out."""
+    """Answer questions: only the assistant's tokens count. The last tenth of the dialogues is held out."""
 
     def __init__(self, args, saved):
         rng = np.random.default_rng(6)
@@ -705,15 +883,15 @@ class Chat(Writing):
         if not (self.train and all(dialogues)):
             fail(f"{args.data} must have two dialogues or more, and messages in each")
         text = "".join(role + "\n" + content + END for dialogue in self.train for role, content in dialogue)
-        self.begin(args, saved, text + string.printable)  # so that all can be asked
+        self.begin(args, saved, [text + string.printable])  # so that anything can be asked
         self.val = [[tuple(map(self.readable, message)) for message in dialogue] for dialogue in val]
         self.ask([dict(reversed(dialogue)).get("user", dialogue[0][1]) for dialogue in self.val[:6]])
         self.extra["digest"] = digest(self.tokenizer.encode(text))
         n = len(self.train), len(self.val)
-        self.about = f"{args.data or 'generated'}: {n[0]:,} dialogues to train on, {n[1]:,} held out"
+        self.about = f"{args.data or 'synthetic'}: {n[0]:,} dialogues to train on, {n[1]:,} held out"
 
     def ask(self, questions):
-        """What is to be answered at the end: --prompt, or those of the questions that fit into the context."""
+        """The questions to answer at the end: --prompt, or those of the questions that fit into the context."""
         args, self.prompts = self.args, []
         args.stop = [*args.stop, END]
         for question in [args.prompt] if args.prompt else questions:
@@ -722,7 +900,7 @@ class Chat(Writing):
                 self.prompts.append((f"you: {question}\ngpt: ", self.check(ids)))
 
     def rows(self, dialogues, rng, n):
-        """x, y and weights (n, T): a dialogue a row, cut at the context; what the assistant need not say weighs 0."""
+        """x, y and weights (n, T): one dialogue per row, cut to the context; only the assistant's tokens weigh."""
         drawn = [np.stack(render(self.tokenizer, dialogues[i])) for i in rng.integers(0, len(dialogues), n)]
         T = min(self.args.block_size, max(dialogue.shape[1] for dialogue in drawn) - 1)
         ids, own = both = np.zeros((2, n, T + 1), np.int64)
@@ -741,15 +919,15 @@ class Chat(Writing):
 
 
 class Reward(Chat):
-    """Earning a reward: GRPO, group-relative policy optimization (Shao et al. 2024).
+    """Reinforcement learning: GRPO, group-relative policy optimization (Shao et al. 2024).
 
     Each question is answered `group` times; answer y earns r(y), here 1 if it is right, else 0. r has no gradient, and
-    needs none. With y drawn from the model p, and ref the model as it was at first, what is to be raised is
+    needs none. With y sampled from the model p, and ref the initial model, the objective to maximise is
         J = E[r(y)] - beta KL(p || ref) = E[r(y) - beta log p(y)/ref(y)]
     As grad p = p grad log p, and E[grad log p(y)] = grad sum_y p(y) = grad 1 = 0,
         grad J = E[(r(y) - beta log p(y)/ref(y) - b) grad log p(y)]     for any b that does not depend on y
-    and the noise is small if b is near what stands before it in the bracket: the mean of the group's other answers.
-    So the loss is a sum of -log p of the tokens with weights, and that is all that Trainer.step has to know.
+    and the variance is small if b is near the terms before it in the bracket: the mean of the group's other answers.
+    So the loss is a weighted sum of -log p of the tokens, and that is all that Trainer.step has to know.
 
     The paper also divides by the group's standard deviation and by the answer's length, which would bias this estimate
     (Liu et al. 2025), and clips p / p_old, which here is 1: each answer is used for one step.
@@ -765,11 +943,11 @@ class Reward(Chat):
             fail(f"--task rl needs a context of 56 or more for sums and answers, this model's is {context}")
         if saved and not self.is_kept(args.out / "ckpt.npz"):
             if not args.init:
-                fail(f"{args.out / 'ckpt.npz'} lacks the model that it began from: name it with --init, or train anew")
+                fail(f"{args.out / 'ckpt.npz'} lacks the model it started from: name it with --init, or start over")
             self.weights = read_model(Path(args.init))[1]
         rng = np.random.default_rng((args.seed, 5))
         self.ask([draw_sum(rng, held_out=True)[0] for _ in range(6)])
-        self.about = f"{args.batch_size} answers a step, {args.group} to a question"
+        self.about = f"{args.batch_size} answers per step, {args.group} per question"
 
     def is_kept(self, ckpt):
         """Whether a checkpoint holds the reference; those of earlier versions do not."""
@@ -777,7 +955,7 @@ class Reward(Chat):
             return "ref.wte.weight" in f.files
 
     def trainer(self, net, config):
-        self.policy = super().trainer(net, config)  # answers in batch
+        self.policy = super().trainer(net, config)  # batch() lets it answer
         self.policy.keep_reference()
         return self.policy
 

@@ -2,12 +2,13 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "mlx[cpu]==0.32.4", "numpy", "pillow", "tiktoken"]
 # ///
-"""Train a GPT and let it write:  python train.py [--backend mlx] [--data tinyshakespeare] [--tokenizer bpe] ...
+"""Train a GPT and generate text:  python train.py [--backend mlx] [--data tinyshakespeare] [--tokenizer bpe] ...
 
---task text goes on with a text: tinyshakespeare, your own file, or Python's manual, which every Python has;
---task chat answers: sums, opposites and small talk, or what your own dialogues teach;
---task rl --init out/chat/ckpt.npz makes such a model better at sums by trial and reward.
---init goes on from other weights: a ckpt.npz, or GPT-2 as Hugging Face stores it; --export-hf writes that layout.
+--task text continues a text: tinyshakespeare, your own file of any size, or Python's manual, which every Python has
+(tokens of more than 16 MB are kept in files beside it; nanoGPT's train.bin and val.bin, or the folder of both, do too);
+--task chat answers questions: sums, opposites and small talk, or your own dialogues;
+--task rl --init out/chat/ckpt.npz makes such a model better at sums, by reinforcement learning.
+--init starts from other weights: a ckpt.npz, or GPT-2 in Hugging Face's format; --export-hf writes that format.
 Once trained, --steps 0 --resume --prompt "The class" only writes, and --chat talks. Several processes share each batch:
 torchrun --nproc-per-node 2 train.py, or mlx.launch -n 2 -- python train.py --backend mlx.
 """
@@ -32,7 +33,7 @@ except ImportError as error:
     sys.exit(print(f"train.py: {error}: pip install numpy pillow", file=sys.stderr) or 2)
 
 MODEL = "gpt"
-DEFAULTS = {  # of the flags, task by task
+DEFAULTS = {  # of the flags, for each task
     "text": dict(steps=600, batch_size=8, optimizer="muon"),
     "chat": dict(steps=1500, batch_size=24, optimizer="muon"),
     "rl": dict(steps=240, batch_size=256, optimizer="adamw", lr=0.0003),
@@ -48,7 +49,7 @@ GPT2 = {  # the released sizes
 
 
 def defaults(asked):
-    """What the flags are that are not given; --init and --size say the shape, the former in the task."""
+    """The values of flags that are not given; the shape is from --size, or from --init, which the task reads."""
     flags = DEFAULTS[asked.task]
     size = GPT2.get(asked.size, {})
     for name, there in size.items():
@@ -59,57 +60,57 @@ def defaults(asked):
 
 
 def read_args():
-    """The command line; and with --resume what the checkpoint remembers, else None."""
+    """Parse the command line: the arguments and, with --resume, the checkpoint's metadata, else None."""
     apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
-    add = parser.add_argument_group("kept in the checkpoint; --resume refuses others").add_argument
+    add = parser.add_argument_group("saved in the checkpoint; fixed when resuming").add_argument
     fixed = [
-        add("--task", choices=TASKS, default="text", help="what there is to learn"),
-        add("--data", help="tinyshakespeare or a text; chat: a .jsonl of messages (without: Python's manual, or sums)"),
-        add("--init", help="start from the weights of a ckpt.npz or of a GPT-2's folder"),
-        add("--tokenizer", dest="kind", choices=["chars", "bpe", "gpt2"], help="bpe: learned here (without: chars)"),
+        add("--task", choices=TASKS, default="text", help="what to train"),
+        add("--data", help="tinyshakespeare, a text, tokens (.bin); chat: a .jsonl of messages (without: embedded)"),
+        add("--init", help="start from the weights of a ckpt.npz or a GPT-2 folder"),
+        add("--tokenizer", dest="kind", choices=["chars", "bpe", "gpt2"], help="bpe: learned here (default: chars)"),
         add("--merges", type=within("[0, inf)", int), default=1000, help="of --tokenizer bpe"),
-        add("--size", choices=GPT2, help="in place of the next three"),
-        add("--n-layer", type=within("[1, 1000]", int), help="blocks, one above the other"),
-        add("--n-head", type=within("[1, 1000]", int), help="ways to attend at once: a divisor of --n-embd"),
-        add("--n-embd", type=within("[1, 65536]", int), help="width of the stream that the blocks add to"),
-        add("--block-size", type=within("[1, inf)", int), help="the context in tokens; of --init no more than it has"),
-        add("--optimizer", choices=["muon", "adamw"], help="muon: of the blocks' matrices, adamw of the rest"),
+        add("--size", choices=GPT2, help="instead of the next three"),
+        add("--n-layer", type=within("[1, 1000]", int), help="number of blocks"),
+        add("--n-head", type=within("[1, 1000]", int), help="attention heads: a divisor of --n-embd"),
+        add("--n-embd", type=within("[1, 65536]", int), help="width of the residual stream"),
+        add("--block-size", type=within("[1, inf)", int), help="context in tokens; with --init, at most the model's"),
+        add("--optimizer", choices=["muon", "adamw"], help="muon: for the blocks' matrices, adamw for the rest"),
     ]
-    add = parser.add_argument_group("kept too; --resume takes others").add_argument
+    add = parser.add_argument_group("saved too; may change when resuming").add_argument
     kept = [
-        add("--dropout", type=within("[0, 1)"), default=0.0, help="of the embeddings and of what each branch adds"),
-        add("--group", type=within("[2, inf)", int), default=8, help="rl: answers to a question"),
-        add("--beta", type=within("[0, inf)"), default=0.02, help="rl: what it costs to become another model"),
-        add("--steps", type=within("[0, inf)", int), help="0: only evaluate and write"),
-        add("--batch-size", type=within("[1, 65536]", int), help="rows of a step"),
-        add("--accumulate", type=within("[1, inf)", int), default=1, help="parts to compute a batch in: less memory"),
-        add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of what is computed"),
-        add("--lr", type=within("(0, inf)"), help="the highest rate"),
-        add("--warmup", type=within("[1, inf)", int), default=30, help="steps in which the rate rises"),
+        add("--dropout", type=within("[0, 1)"), default=0.0, help="of the embeddings and of each branch's output"),
+        add("--group", type=within("[2, inf)", int), default=8, help="rl: answers per question"),
+        add("--beta", type=within("[0, inf)"), default=0.02, help="rl: weight of the KL to the initial model"),
+        add("--steps", type=within("[0, inf)", int), help="0: only evaluate and generate"),
+        add("--batch-size", type=within("[1, 65536]", int), help="rows per step"),
+        add("--accumulate", type=within("[1, inf)", int), default=1, help="split a batch into parts to save memory"),
+        add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation"),
+        add("--lr", type=within("(0, inf)"), help="peak learning rate"),
+        add("--warmup", type=within("[1, inf)", int), default=30, help="warm-up steps"),
         add("--decay", choices=["linear", "cosine"], default="linear", help="how the rate falls to 0"),
-        add("--seed", type=within("[0, 4294967295]", int), default=0, help="of weights, batches, samples"),
+        add("--seed", type=within("[0, 4294967295]", int), default=0, help="for weights, batches and samples"),
     ]
-    add = parser.add_argument_group("of this run alone").add_argument
+    add = parser.add_argument_group("for this run only").add_argument
     add("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch", help="the framework")
-    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (without: the best there is)")
-    add("--out", type=Path, help="the folder for what the run writes")
-    add("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
-    add("--compile", action="store_true", help="let the framework compile the model first")
-    add("--export-hf", type=Path, metavar="DIR", help="at the end, write the weights there for Hugging Face")
-    add("--chat", action="store_true", help="chat, rl: at the end, talk in the terminal")
-    add("--prompt", help="what to go on with or to answer; - reads it from the standard input")
-    add("--tokens", type=within("[0, inf)", int), default=500, help="how many to write")
-    add("--temperature", type=within("[0, inf)"), default=0.8, help="0: always the likeliest token")
-    add("--top-k", type=within("[1, inf)", int), help="only from the K likeliest")
-    add("--top-p", type=within("(0, 1]"), default=1.0, help="only from the likeliest that hold the share P")
-    add("--beam", type=within("[1, inf)", int), default=1, help="width of a search for the likeliest text")
-    add("--stop", nargs="+", metavar="TEXT", help="write up to here")
+    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best available)")
+    add("--out", type=Path, help="the output folder")
+    add("--resume", action="store_true", help="continue from OUT/ckpt.npz, whichever backend wrote it")
+    add("--compile", action="store_true", help="compile the model first")
+    add("--export-hf", type=Path, metavar="DIR", help="at the end, save the weights there in Hugging Face's format")
+    add("--chat", action="store_true", help="chat, rl: at the end, chat in the terminal")
+    add("--prompt", help="the text to continue or answer; - reads the standard input")
+    add("--tokens", type=within("[0, inf)", int), default=500, help="how many tokens to generate")
+    add("--temperature", type=within("[0, inf)"), default=0.8, help="0: always the most likely token")
+    add("--top-k", type=within("[1, inf)", int), help="sample from the K most likely")
+    add("--top-p", type=within("(0, 1]"), default=1.0, help="sample from the most likely with total probability P")
+    add("--beam", type=within("[1, inf)", int), default=1, help="width of the beam search; 1: sample instead")
+    add("--stop", nargs="+", metavar="TEXT", help="stop at one of these")
     return parse(parser, MODEL, fixed, kept, defaults)
 
 
 def rate(step, args):
-    """The learning rate: up in --warmup steps, then down to 0 by --decay."""
+    """The learning rate: --warmup steps of linear warm-up, then decay to 0 by --decay."""
     left = 1 - step / args.steps
     fall = left if args.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
     return args.lr * min((step + 1) / args.warmup, 1.0) * fall
@@ -119,24 +120,24 @@ def rate(step, args):
 
 
 def load_twin(args):
-    """The module model_torch or model_mlx; args.device becomes the device that it uses, args.rank this process's."""
+    """Import model_torch or model_mlx; sets args.device, and args.rank and args.world of this process."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
     except ImportError as error:
-        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or use the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
-        fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
+        fail(f"--device {args.device} is not available with {args.backend} here: use {', '.join(net.devices())}")
     args.rank, args.world = net.join() if hasattr(net, "join") else (0, 1)
-    if args.rank:  # one of several processes speaks and saves
+    if args.rank:  # only the first process prints and saves
         sys.stdout = open(os.devnull, "w")
     return net
 
 
 def fit(trainer, task, args, start, memory):
-    """Train from step `start` to args.steps; twenty times on the way evaluate, save and print a line.
+    """Train from step `start` to args.steps; about twenty times, evaluate, save and print a line.
 
-    Ctrl-C ends the step at hand, saves and exits with 130; a second one does not wait. Returns the steps a second.
+    Ctrl-C finishes the current step, saves and exits with 130; a second Ctrl-C does not wait. Returns steps per second.
     """
     ckpt, interrupted, every = args.out / "ckpt.npz", [], max(1, args.steps // 20)
 
@@ -161,12 +162,12 @@ def fit(trainer, task, args, start, memory):
                 fail(f"the loss is not finite at step {min(at, step)}: {why}{f'; {ckpt} is kept' * ckpt.exists()}")
         first = not speed and not args.resume
         try:
-            if first and ckpt.exists():
+            if first and not args.rank and ckpt.exists():
                 shutil.copy2(ckpt, args.out / "ckpt.old.npz")
             trainer.save(ckpt, done, **memory)
         except OSError as error:
             Path(f"{ckpt}.part").unlink(missing_ok=True)
-            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or name another --out")
+            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or choose another --out")
         speed, left = (done - start) / busy, (args.steps - done) * busy / (done - start)
         figures = {**values[-2], **values[-1]}
         line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -182,17 +183,17 @@ def fit(trainer, task, args, start, memory):
 
 
 def main():
-    """Arguments, task, model, checkpoint; train; report, and the result as the last line."""
+    """Set up the task, the model and the checkpoint; train; report; print the result as the last line."""
     began, (args, saved) = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
     fields, there = net.Config.__dataclass_fields__, saved["config"] if saved else {}
     for name, value in there.items():
         if name in fields and isinstance(value, str) != isinstance(fields[name].default, str):
-            fail(f"{ckpt} is damaged, its {name} is {value!r}: train anew without --resume, or name another --out")
+            fail(f"{ckpt} is damaged ({name} is {value!r}): start over without --resume, or choose another --out")
     note, task = claim(args), TASKS[args.task](args, saved)
     for name, value in (task.config | (task.extra if args.steps else {})).items():
         if saved and {**saved, **there}.get(name, value) != value:
-            fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
+            fail(f"{ckpt} was trained on other data (its {name} differs): use the same --data and --seed")
     config = {name: x for name, x in args.memory.items() if name in fields and x is not None} | task.config
     try:
         trainer = task.trainer(net, net.Config(**config | there))
@@ -200,7 +201,7 @@ def main():
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
             raise
-        fail(f"{ckpt} does not fit the model ({error!r}): train anew without --resume" if saved else error)
+        fail(f"{ckpt} does not fit the model ({error!r}): start over without --resume" if saved else error)
     params = sum(w.size for w in net.get_weights(trainer.model).values())
     print(f"{MODEL}: {args.backend} on {args.device}, {params:,} parameters; {task.about}; files go to {args.out}"
           f"{note}", flush=True)  # fmt: skip
@@ -216,15 +217,17 @@ def main():
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # numbers that are not finite are spoken of in fit
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer letters
+    warnings.simplefilter("ignore")  # fit reports numbers that are not finite
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack some characters
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+    except BrokenPipeError:  # as after `| head`: nobody reads the rest
         os._exit(141)
-    except (OSError, MemoryError) as error:  # a full disk, a folder that may not be written to, too little memory
-        print(f"train.py: {str(error)[:500] or 'too little memory'}: make room, or change --out", file=sys.stderr)
+    except (OSError, MemoryError, RuntimeError) as error:  # a full disk, no permission to write, too little memory
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        print(f"train.py: {str(error)[:500] or 'no memory'}: make room, or change --out, --batch-size", file=sys.stderr)
         os._exit(2)

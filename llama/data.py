@@ -1,6 +1,6 @@
-"""What there is to learn: a text, or dialogues; the tokens of real models and the weights that they start from.
+"""The tasks: continue a text, or chat; and the tokenizers and weights of released models.
 
-One class a task, all in numpy. A new task is one more class, named in TASKS at the end.
+One class per task, all in numpy. To add a task, write one more class and add it to TASKS at the end.
 """
 
 import argparse
@@ -8,11 +8,14 @@ import atexit
 import base64
 import codecs
 import hashlib
+import io
 import json
 import math
 import os
 import pydoc_data.topics
+import re
 import shutil
+import signal
 import sys
 import time
 from http.client import HTTPException
@@ -29,7 +32,7 @@ SIZES = {  # of models, by their number of parameters
     "7B": dict(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, n_hidden=11008, tied=False),  # Llama 2's
     "8B": dict(n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_hidden=14336, tied=False, rope_theta=5e5),  # 3's
 }
-WHOLE = {  # what Config and the config.json of Hugging Face both have, by the names there: whole numbers, and others
+WHOLE = {  # fields of Config, and their names in Hugging Face's config.json: integers, then other numbers
     "block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "head_dim": "head_dim",
     "n_embd": "hidden_size", "n_hidden": "intermediate_size", "rope_context": "original_max_position_embeddings",
@@ -39,12 +42,15 @@ REAL = {"norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "rope_factor": "
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # here one matrix
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
              "merges.txt", "chat_template.jinja")  # fmt: skip
-SHARD = 2 * 10**9  # bytes of a file of weights, at most
-SHAPE = "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"  # each has a flag of its own, too
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # how a text is cut into words
+SHARD = 2 * 10**9  # the most bytes in a file of weights
+LARGE = 1 << 24  # bytes; the tokens of a larger text are kept in files
+PIECE = 1 << 22  # bytes that are read at once
+MEASURED = 1 << 20  # the most held-out tokens to evaluate
+SHAPE = "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"  # each also has its own flag
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # how text is split into words
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
           r"\s+(?!\S)|\s+")  # fmt: skip
-TEMPLATES = {  # of a dialogue, by a token that tells them: its start, and what is before and after each message
+TEMPLATES = {  # chat templates, by a token that identifies them: the start, and what is before and after each message
     "<|im_start|>": ("", "<|im_start|>{}\n", "<|im_end|>\n"),  # ChatML
     "<|eot_id|>": ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),  # Llama 3
 }
@@ -53,7 +59,7 @@ TEMPLATES = {  # of a dialogue, by a token that tells them: its start, and what 
 
 
 def fail(message):
-    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
+    """End the run on bad input: one line that says what is wrong and how to fix it, exit code 2."""
     print("train.py:", " ".join(str(message).split())[:1000], file=sys.stderr)
     raise SystemExit(2)
 
@@ -90,7 +96,7 @@ def read_meta(path, model):
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
                 raise ValueError("a part is damaged or compressed")
             meta = json.loads(str(f["meta"]))
-        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        most = max(1 << 20, path.stat().st_size)  # no dimension of a model exceeds its file's size in bytes
         for name, value in meta["config"].items():
             if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
                 raise ValueError(f"its {name} is {value}")
@@ -103,14 +109,14 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} is no checkpoint to go on from ({reason}): train anew without --resume, or name another --out")
+    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
-    """The arguments; and with --resume what the checkpoint remembers, else None.
+    """The arguments and, with --resume, the checkpoint's metadata, else None.
 
-    A flag that is not given is as in the checkpoint, or as defaults() says. A resumed run may not change those of
-    `fixed`; it may change those of `kept`, which a checkpoint remembers, too.
+    A flag that is not given takes its value from the checkpoint, else from defaults(). Checkpoints save the flags of
+    both lists; a resumed run may not change those in `fixed`, but may change those in `kept`.
     """
     given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
     parser.error, parser.formatter_class, saved, known = fail, Help, None, {}
@@ -122,12 +128,12 @@ def parse(parser, model, fixed, kept, defaults):
         known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
     for flag in fixed:
         asked, there = getattr(given, flag.dest), known.get(flag.dest)
-        if None not in (asked, there) and asked != there and flag.dest != "data":  # those are compared by their content
+        if None not in (asked, there) and asked != there and flag.dest != "data":  # data is compared by content
             fail(f"{flag.option_strings[0]} {asked} contradicts {out / 'ckpt.npz'}, which has {there}: leave it out")
     known |= {"data": given.data} if given.data else {}
     parser.set_defaults(out=out, **known)
     parser.set_defaults(**{**defaults(parser.parse_known_args()[0]), **known})
-    parser.add_argument("-h", "--help", action="help", help="show this and end")
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     args = parser.parse_args()
     args.memory = {flag.dest: getattr(args, flag.dest) for flag in fixed + kept}
     if saved:
@@ -136,17 +142,20 @@ def parse(parser, model, fixed, kept, defaults):
 
 
 def claim(args):
-    """Make the folder args.out this run's own until it ends; returns what its first line has to say of that."""
+    """Lock the folder args.out until the run ends; returns a note for the run's first line."""
     if args.rank:
         return ""
     args.out.mkdir(parents=True, exist_ok=True)
     lock, ckpt = args.out / "lock", args.out / "ckpt.npz"
     try:
         if (pid := int(lock.read_text())) != os.getpid():
-            os.kill(pid, 0)  # no signal: it asks whether there is such a process
-            fail(f"{args.out} is in use by process {pid}: wait for its end, or name another --out")
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        lock.unlink(missing_ok=True)  # of a run that was killed
+            os.kill(pid, 0)  # sends no signal, only checks that the process exists
+            fail(f"{args.out} is in use by process {pid}: wait until it ends, or choose another --out")
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # none, or left by a killed run
+    except (OverflowError, ValueError):
+        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+    lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
     atexit.register(lock.unlink, missing_ok=True)
@@ -156,7 +165,7 @@ def claim(args):
 
 
 def record(out, row, first):
-    """Append {figure: number} to OUT/log.jsonl, or begin it anew, and draw what is in it as OUT/curve.png."""
+    """Append {figure: number} to OUT/log.jsonl, or start a new log, and plot the log in OUT/curve.png."""
     log, names = out / "log.jsonl", [name for name in row if "step" not in name]
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
@@ -167,13 +176,13 @@ def record(out, row, first):
     for i, name in enumerate(names):
         x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
-        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
+        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, lowest {y.min():.4g}", (60, 60, 60), font)
         draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
 def digest(*arrays):
-    """A hash of what is learned from: by it a checkpoint knows its data, whatever their file is called."""
+    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -203,35 +212,35 @@ def fetch(file, md5, *urls):
 
 
 class Task:
-    """What train.py asks of a task. To add your own, write a class like those below and name it in TASKS.
+    """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Beside what stands here: batch(step), the arrays of Trainer.step, drawn from (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on data held out, for a log line of a part of them.
+    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
+    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
     """
 
-    config, extra, about = {}, {}, ""  # its part of the model's Config; what a checkpoint must know of it; a line
-    tokens = 0  # of a step, where tokens are counted
+    config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
+    tokens = 0  # per step, where tokens are counted
 
     def trainer(self, net, config):
-        """The Trainer that learns it."""
+        """The Trainer for this task."""
         return net.Trainer(config, seed=self.args.seed, device=self.args.device)
 
     def report(self, trainer):
-        """At the end: more figures, and the names of the files that it wrote to args.out."""
+        """At the end: more figures, and the names of the files written to args.out."""
         return {}, []
 
 
-# ---- a model in the layout of Hugging Face ---------------------------------------------------------------------------
+# ---- models in Hugging Face's format ---------------------------------------------------------------------------------
 
 
 def read_safetensors(folder):
     """Yield the name and the float32 array of each tensor in the folder's *.safetensors.
 
-    Such a file is eight bytes of length, a JSON header of that length, and the numbers.
+    Such a file has the length of a JSON header in eight bytes, then the header, then the numbers.
     """
-    types = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # of other types are only buffers
+    types = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # only buffers have other types
     if not (files := sorted(Path(folder).glob("*.safetensors"))):
-        fail(f"{folder} has no *.safetensors: name a folder in the layout of Hugging Face")
+        fail(f"{folder} has no *.safetensors: name a folder in Hugging Face's format")
     for file in files:
         try:
             raw = np.memmap(file, np.uint8, "r")
@@ -243,20 +252,20 @@ def read_safetensors(folder):
                     bits = entry["dtype"] == "BF16"  # the upper half of a float32
                     yield name, (w.astype(np.uint32) << 16).view(np.float32) if bits else w.astype(np.float32)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            fail(f"{file} is damaged ({error}): fetch it again")
+            fail(f"{file} is damaged ({error}): download it again")
 
 
 def load_llama(folder):
-    """The arguments of Config and the weights {name: array} that a folder holds; all but a Llama is refused."""
+    """Load the arguments of Config and the weights {name: array} from a folder; anything but a Llama is refused."""
     try:
         c = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         rope = {**c, **(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
         kind = rope.get("rope_type") or rope.get("type") or "default"
         usual = c["model_type"] == "llama" and c.get("hidden_act", "silu") == "silu"
         if not usual or c.get("attention_bias") or c.get("mlp_bias"):
-            fail(f"{folder} holds a {c['model_type']} with parts that Llama has not: name a folder with a Llama")
+            fail(f"{folder} holds a {c['model_type']} with parts that Llama does not have: name a folder with a Llama")
         if kind not in ("default", "linear", "llama3"):
-            fail(f"{folder} has rotary positions of type {kind}: default, linear and llama3 are known here")
+            fail(f"{folder} has rotary positions of type {kind}: only default, linear and llama3 are supported")
         c = {"num_key_value_heads": c["num_attention_heads"], "head_dim": 0, "rope_theta": 10000.0, "factor": 1.0,
              "low_freq_factor": 1.0, "high_freq_factor": 4.0, "tie_word_embeddings": False,
              "original_max_position_embeddings": c["max_position_embeddings"],
@@ -265,7 +274,7 @@ def load_llama(folder):
         for name, x in config.items():
             known = isinstance(x, int if name in WHOLE else (int, float)) and not isinstance(x, bool)
             if not known or not (0 < x < 2**31 or (name, x) == ("head_dim", 0)):
-                fail(f"{folder}/config.json has {(WHOLE | REAL)[name]} {x!r}, which no Llama can have: fetch it again")
+                fail(f"{folder}/config.json has {(WHOLE | REAL)[name]} {x!r}, not that of a Llama: download it again")
         w = {name.removeprefix("model."): w for name, w in read_safetensors(folder)}
         size = max(1, config["head_dim"] or config["n_embd"] // config["n_head"])
         found = {
@@ -278,18 +287,18 @@ def load_llama(folder):
         }  # fmt: skip
         for name, n in found.items():
             if n != config[name]:
-                fail(f"{folder}/config.json has {WHOLE[name]} {config[name]}, its weights have {n:g}: fetch it again")
+                fail(f"{folder}/config.json has {WHOLE[name]} {config[name]}, its weights {n:g}: download it again")
         for i in range(config["n_layer"]):
             for whole, parts in PARTS.items():
                 at = f"layers.{i}.{'self_attn' if whole == 'qkv_proj' else 'mlp'}"
                 w[f"{at}.{whole}.weight"] = np.concatenate([w.pop(f"{at}.{part}.weight") for part in parts])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        fail(f"{folder} is no whole model in the layout of Hugging Face ({error!r}): fetch it again")
+        fail(f"{folder} is not a complete model in Hugging Face's format ({error!r}): download it again")
     return config | {"tied": bool(c["tie_word_embeddings"]), "rope": kind}, w
 
 
 def write_safetensors(file, weights, dtype):
-    """What read_safetensors reads, of {name: float32 array}; dtype: float32, or bfloat16, to the nearest."""
+    """Write {name: float32 array} for read_safetensors; dtype: float32, or bfloat16, rounded to the nearest."""
     header, size, end = {"__metadata__": {"format": "pt"}}, {"float32": 4, "bfloat16": 2}[dtype], 0
     for name, w in weights.items():
         place = [end, end := end + w.size * size]
@@ -300,17 +309,17 @@ def write_safetensors(file, weights, dtype):
         f.write(len(header).to_bytes(8, "little") + header)
         for w in weights.values():
             w = np.ascontiguousarray(w)
-            if size == 2:  # the upper half of a float32; what is cut off is rounded, a tie to the even number
+            if size == 2:  # the upper half of a float32, rounded to the nearest, ties to even
                 bits = w.view(np.uint32)
                 w = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
             f.write(w)
 
 
 def export_llama(folder, config, weights, dtype="float32", tokenizer=None, ends=()):
-    """The way back: what transformers opens with AutoModelForCausalLM.from_pretrained(folder).
+    """The inverse: write what transformers loads with AutoModelForCausalLM.from_pretrained(folder).
 
-    tokenizer: the folder whose tokenizer is copied; ends: the tokens that end a text. All is written beside, in
-    folder.part, and takes its place when it is whole.
+    tokenizer: the folder whose tokenizer is copied; ends: the tokens that end a text. Everything is written to
+    folder.part first, and moved into place when it is complete.
     """
     size = config.n_head * config.head_size, config.n_kv_head * config.head_size
     cuts = {"qkv_proj": [size[0], sum(size)], "gate_up_proj": [config.n_hidden]}
@@ -355,7 +364,7 @@ def export_llama(folder, config, weights, dtype="float32", tokenizer=None, ends=
 
 
 def load_text(name):
-    """The text of a public set, of a file, or, for no name, of Python's manual: no rulers, and each paragraph once."""
+    """A public dataset, a text file or, without a name, Python's manual: without rulers, each paragraph once."""
     if not name:
         lines = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())).split("\n")
         paragraphs = "\n".join(line for line in lines if not line or set(line) - set("*=-~^")).split("\n\n")
@@ -367,7 +376,7 @@ def load_text(name):
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"{name} is no text that can be read ({error}): name a file in UTF-8, or tinyshakespeare")
+        fail(f"{name} can't be read as text ({error}): name a file in UTF-8, or tinyshakespeare")
     if not text or "\0" in text:
         fail(f"{name} is empty or binary: name a text file in UTF-8, or tinyshakespeare")
     return text
@@ -384,7 +393,7 @@ class Characters:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         if unknown := set(codes[self.codes[ids] != codes].tolist()):
-            fail(f"the model's alphabet lacks {', '.join(repr(chr(c)) for c in sorted(unknown)[:5])}: leave it out")
+            fail(f"the model's alphabet lacks {', '.join(repr(chr(c)) for c in sorted(unknown)[:5])}: leave them out")
         return ids.astype(np.int64)
 
     def decode(self, token):
@@ -392,13 +401,13 @@ class Characters:
 
 
 def load_messages(path):
-    """The dialogues of a file in which each line is JSON: {"messages": [{"role": "user", "content": "..."}, ...]}."""
+    """The dialogues of a file with JSON in each line: {"messages": [{"role": "user", "content": "..."}, ...]}."""
     try:
         lines = filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n"))
         dialogues = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines]
         texts = [text for dialogue in dialogues for message in dialogue for text in message]
         if not all(isinstance(text, str) and text == text.encode(errors="ignore").decode() for text in texts):
-            raise ValueError("a role or a content is no text")
+            raise ValueError("a role or a content is not text")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f'{path} must have lines like {{"messages": [{{"role": "user", "content": "..."}}]}} ({error!r})')
     if not dialogues:
@@ -407,14 +416,14 @@ def load_messages(path):
 
 
 def read_tokenizer(folder):
-    """Of a folder's tokenizer: tokens as bytes in the order they were learned, those with a meaning, ids, pattern."""
+    """Read a folder's tokenizer: tokens as bytes in the order they were learned, special tokens, ids, pattern."""
     if (file := Path(folder) / "tokenizer.model").exists() and not (Path(folder) / "tokenizer.json").exists():
         try:
             ranked = [base64.b64decode(line.split()[0], validate=True) for line in file.read_bytes().splitlines()]
             if len(set(ranked)) < len(ranked) or {bytes([b]) for b in range(256)} - {*ranked}:
-                raise ValueError("each byte must be a token, and no token be there twice")
+                raise ValueError("each byte must be a token, and no token may occur twice")
         except (ValueError, IndexError):
-            fail(f"{file} is not Llama 3's, perhaps SentencePiece's as Llama 2 has: only byte-level BPE is read here")
+            fail(f"{file} is not Llama 3's, perhaps SentencePiece as in Llama 2: only byte-level BPE is supported")
         names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
         special = [f"<|{names.get(i, f'reserved_{i}')}|>" for i in range(256)]
         return ranked, special, np.arange(len(ranked) + 256), LLAMA3
@@ -425,8 +434,8 @@ def read_tokenizer(folder):
         steps = t["pre_tokenizer"].get("pretokenizers", [t["pre_tokenizer"]])
         kinds = [step["type"] for step in steps]
         if t["normalizer"] or kinds not in (["ByteLevel"], ["Digits", "ByteLevel"], ["Split", "ByteLevel"]):
-            fail(f"{file} is not of the kind that is read here, byte-level BPE as SmolLM2 and Llama 3 have it")
-        if kinds[0] == "Digits":  # each by itself, and for the spaces before it the text ends
+            fail(f"{file} is not byte-level BPE as in SmolLM2 and Llama 3, the only kind that is supported")
+        if kinds[0] == "Digits":  # each digit by itself; to the spaces before it, it is like the end of the text
             pattern = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
         if kinds[0] == "Split":
             pattern = steps[0]["pattern"]["Regex"]
@@ -437,14 +446,14 @@ def read_tokenizer(folder):
         ranked, special = list(dict.fromkeys([*byte, *learned])), {x["content"]: x["id"] for x in t["added_tokens"]}
         ids = [vocab.get(token, -1) for token in ranked] + list(special.values())  # a byte may be missing
         if not all(isinstance(i, int) and -1 <= i < 2 * len(ids) + 1000 for i in ids):
-            raise ValueError("the number of a token is no whole number, or far too large")
+            raise ValueError("the number of a token is not an integer, or far too large")
         return [bytes(byte[c] for c in token) for token in ranked], list(special), np.array(ids), pattern
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{file} can't be read ({error!r}): a model's folder must have it, or Llama 3's tokenizer.model")
 
 
 class Tokens:
-    """The tokens of a real model: tiktoken merges, and its numbers are looked up in `ids`, the model's."""
+    """The tokenizer of a released model: tiktoken merges, and `ids` maps its numbers to the model's."""
 
     def __init__(self, folder):
         try:
@@ -458,7 +467,7 @@ class Tokens:
             names = dict(mergeable_ranks=ranks, special_tokens=self.special)
             self.bpe = tiktoken.Encoding(str(folder), pat_str=pattern, **names)
         except (ValueError, TypeError) as error:
-            fail(f"{folder} has a tokenizer that tiktoken does not take ({error}): fetch it again")
+            fail(f"{folder} has a tokenizer that tiktoken does not accept ({error}): download it again")
         self.bytes = dict(zip(self.ids.tolist(), [*ranked, *(token.encode() for token in special)]))
         self.vocab_size = int(self.ids.max()) + 1
         ends = {"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>"} & self.special.keys()
@@ -466,7 +475,7 @@ class Tokens:
         self.start = self.encode("<|begin_of_text|>", special=True) if "<|begin_of_text|>" in self.special else ()
 
     def encode(self, text, special=False):
-        """Only if `special` are names like <|im_end|> more than text."""
+        """Names like <|im_end|> are special tokens only if `special`, else plain text."""
         ids = self.bpe.encode(text, allowed_special="all" if special else set(), disallowed_special=())
         ids = self.ids[np.array(ids, np.int64)]
         return ids[ids >= 0]
@@ -475,10 +484,10 @@ class Tokens:
         return self.bytes.get(token, b"")
 
     def dialogue(self, messages):
-        """The tokens of [(role, text)] in the model's form, open if it is its turn, and which of them are its own."""
+        """The tokens of [(role, text)] in the model's chat template, open if it is its turn; which are its own."""
         form = next((form for key, form in TEMPLATES.items() if key in self.special), None)
         if not form:
-            fail("this model's tokens are neither ChatML's nor Llama 3's, so that it can't chat: give it a --prompt")
+            fail("this model's tokens are neither ChatML's nor Llama 3's, so it can't chat: give it a --prompt")
         start, before, after = form
         parts = [(start, True, False)]
         for role, text in messages:
@@ -490,14 +499,148 @@ class Tokens:
         return np.concatenate(ids), np.concatenate([np.full(len(i), own) for i, (_, _, own) in zip(ids, parts)])
 
 
+# ---- data larger than memory: tokens in files ------------------------------------------------------------------------
+
+
+def on_disk(name):
+    """The path of data not to be read at once (a large text, a .bin of tokens, a folder with train.bin), or None."""
+    tokens = str(name).endswith(".bin") or os.path.exists(f"{name}/train.bin")
+    return Path(name) if tokens or os.path.isfile(str(name)) and os.path.getsize(name) > LARGE else None
+
+
+def cut_at(path):
+    """How many bytes of a text to train on: nine tenths, up to the end of a character."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        f.seek(size * 9 // 10)
+        return size * 9 // 10 + next((i for i, byte in enumerate(f.read(4)) if byte >> 6 != 2), 0)
+
+
+def pieces(path, start, end):
+    """Yield the text in bytes start to end of a file, cut before a space between words, where any tokenizer cuts."""
+    utf8, text = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), True), ""
+    with open(path, "rb") as f:
+        f.seek(start)
+        while start < end:
+            block, start = f.read(min(PIECE, end - start)), start + PIECE
+            try:
+                text += utf8.decode(block, start >= end)
+            except UnicodeDecodeError as error:
+                fail(f"{path} can't be read as text ({error}): name a file in UTF-8")
+            if "\0" in text:
+                fail(f"{path} is binary: name a text file in UTF-8, or tokens in a .bin")
+            found = re.match(r".*\S(?= [^\W\d_])", text, re.S) if start < end else None
+            cut = found.end() if found else len(text)
+            yield text[:cut]
+            text = text[cut:]
+
+
+def write_tokens(folder, path, tokenizer, readable):
+    """Write the tokens of a text to train.bin and val.bin in a new folder; held-out text passes through readable()."""
+    folder.mkdir()
+    cut, size = cut_at(path), os.path.getsize(path)
+    for file, start, end in ("train.bin", 0, cut), ("val.bin", cut, size):
+        with open(folder / file, "wb") as f:
+            for i, text in enumerate(pieces(path, start, end)):
+                f.write(tokenizer.encode(readable(text) if start else text).astype(width(tokenizer)))
+                done = min(start + (i + 1) * PIECE, end)
+                print(f"{folder}  {done / 1e6:.1f} of {size / 1e6:.1f} MB", end="\n\r"[done < size], file=sys.stderr)
+
+
+def tokenize(path, tokenizer, known, readable):
+    """The folder with the tokens of a large text, written on first use: beside it or, failing that, in $DATA_DIR.
+
+    Its name changes with the size and date of the text, and with `known`, what the tokenizer was made from.
+    """
+    import fcntl
+
+    there = f"{known} {path.stat().st_size} {path.stat().st_mtime_ns}".encode("utf-8", "surrogatepass")
+    home = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data"))
+    home = path.parent if os.access(path.parent, os.W_OK) else home
+    folder = home / f"{path.name}.{hashlib.md5(there).hexdigest()[:12]}"
+    part, lock = (folder.with_name(folder.name + end) for end in (".part", ".lock"))
+    if folder.exists():
+        return folder
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with open(lock, "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)  # one process writes, the others wait until it ends or dies
+            try:
+                shutil.rmtree(part, ignore_errors=True)
+                if not folder.exists():
+                    write_tokens(part, path, tokenizer, readable)
+                    part.replace(folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+    except OSError as error:
+        fail(f"{folder} could not be written, the tokens of {path} ({error.strerror or error}): make room there")
+    return folder
+
+
+def width(tokenizer):
+    """The type of a token in a file: nanoGPT's, or for more than 65,536 tokens one of four bytes."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
+
+
+class TokenFile:
+    """The tokens in a file, or tenths a to b of them, read on access: file[places], like an array."""
+
+    def __init__(self, file, tokenizer, a=0, b=10):
+        self.file, self.tokenizer, self.dtype = file, tokenizer, width(tokenizer)
+        size = os.path.getsize(file) if os.path.isfile(file) else 0
+        n, rest = divmod(size, self.dtype.itemsize)
+        if rest or not n:
+            fail(f"{file} must hold tokens in {self.dtype.itemsize} bytes each: it has {size} bytes")
+        self.span = slice(n * a // 10, n * b // 10)
+
+    def __len__(self):
+        return self.span.stop - self.span.start
+
+    def __getitem__(self, places):
+        """int64, of the shape of `places`. A map brings up to 1 MB around each place into memory, until it is gone."""
+        parts = np.array_split(places, math.ceil(len(places) / 64))
+        parts = [np.memmap(self.file, self.dtype, "r")[self.span][part] for part in parts]
+        ids = np.array(np.concatenate(parts), np.int64)
+        if ids.max() >= (n := self.tokenizer.vocab_size):
+            fail(f"{self.file} has a token {ids.max()}, the tokenizer only {n}: use the one it was written with")
+        return ids
+
+    def excerpt(self):
+        """A thousand tokens spread over the file, (1000,)."""
+        return self[np.linspace(0, len(self) - 1, 1000).astype(int)]
+
+
+def open_tokens(path, tokenizer, known, readable):
+    """Training and held-out tokens, as two TokenFiles: of a large text, or of tokens that are in files already."""
+    if path.suffix == ".bin":
+        return TokenFile(path, tokenizer, 0, 9), TokenFile(path, tokenizer, 9, 10)
+    folder = path if path.is_dir() else tokenize(path, tokenizer, known, readable)
+    return TokenFile(folder / "train.bin", tokenizer), TokenFile(folder / "val.bin", tokenizer)
+
+
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
-class Text(Task):
-    """To go on with a text: windows of it, drawn at random. The last tenth of the text is held out.
+def together(step, agree):
+    """Trainer.step for several processes: Ctrl-C reaches them at different steps, but stops all after the same one."""
+    asked, handlers = [], []
 
-    A text is one row of numbers, `ids`, and so are the `targets`, in which -1 does not count; `train` and `val` say
-    where in them windows of T + 1 begin.
+    def shared(*arrays, lr):
+        if not handlers:  # fit's, which is set after the Trainer is made
+            handlers.append(signal.signal(signal.SIGINT, lambda *_: asked.append(True)))
+        if agree(bool(asked)):
+            signal.signal(signal.SIGINT, handlers[0])
+            signal.raise_signal(signal.SIGINT)
+        return step(*arrays, lr=lr)
+
+    return shared
+
+
+class Text(Task):
+    """Continue a text: random windows of it. The last tenth of the text is held out.
+
+    `train` and `val` are rows of tokens; `starts` says where in `val` windows of T + 1 begin.
     """
 
     def __init__(self, args, saved):
@@ -518,42 +661,42 @@ class Text(Task):
             n = self.tokenizer.vocab_size, self.config["vocab_size"]
             fail(f"the tokenizer has {n[0]} tokens, the model {n[1]}: name the model's own with --tokenizer")
         args.memory |= {name: self.config[name] for name in args.memory.keys() & self.config.keys()}  # of --init
-        self.tokens, self.val, self.lengths = args.batch_size * self.T, [], args.lengths or []
+        self.tokens, self.starts, self.lengths = args.batch_size * self.T, [], args.lengths or []
         if args.steps or self.lengths or not args.chat and (not args.init or args.data or args.bits < 32):
-            self.load()  # else nothing is learned or measured
+            self.load()  # else nothing is trained or evaluated
         self.prompt = self.read_prompt()
 
     def refuse(self):
-        """What fits no model and no data."""
+        """End the run if the flags fit no model and no data."""
         args, parts = self.args, self.args.accumulate * self.args.world
         if args.batch_size < parts:
             fail(f"--batch-size must be {parts} or more: a row for each process and each part of --accumulate")
         if args.world > 1 and args.backend == "torch" and args.optimizer == "muon":
-            fail("torchrun takes the matrices apart that muon needs whole: add --optimizer adamw")
+            fail("torchrun splits the matrices that muon needs whole: add --optimizer adamw")
         if args.lora_rank and not args.init:
-            fail("--lora adapts a model that is there: name its folder with --init")
+            fail("--lora adapts an existing model: name its folder with --init")
         if args.chat and not self.folder:
-            fail("--chat needs a model that has learned to: name its folder with --init")
+            fail("--chat needs a model that can chat: name its folder with --init")
         if args.world > 1 and (args.chat or args.prompt == "-" or args.bits < 32 and args.backend == "torch"):
             fail("--chat, --prompt - and, with torch, --bits 8 and 4 are for one process: leave them to a later run")
         if args.export_hf and args.window:
-            fail("--export-hf writes a layout that knows no --window: leave one of them out")
+            fail("--export-hf writes a format without --window: leave one of them out")
         if args.export_hf and args.export_hf.exists() and (args.export_hf.is_file() or os.listdir(args.export_hf)):
-            fail(f"--export-hf {args.export_hf} is there already: name a new folder")
+            fail(f"--export-hf {args.export_hf} exists already: name a new folder")
         if args.chat or args.prompt == "-":
             if sys.stdin is None:
-                fail("the standard input is closed, from which --chat and --prompt - read: leave them out")
+                fail("--chat and --prompt - read the standard input, which is closed: leave them out")
             sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
         for flag, text in ("--prompt", args.prompt), ("--system", args.system):
             if any("\ud800" <= c <= "\udfff" for c in text or ""):
-                fail(f"{flag} has characters that are no text: type it in UTF-8")
+                fail(f"{flag} has characters that are not text: type it in UTF-8")
 
     def start_from(self, saved):
-        """The shape of the model: that of --init, whose weights are read, or that of --size, or `saved`."""
+        """The shape of the model: from --init, whose weights are read, or from --size, or `saved`."""
         args = self.args
         if saved:
-            saved.pop("accumulate", None)  # was a part of Config once
+            saved.pop("accumulate", None)  # was once a field of Config
         if not args.init:
             return {} if saved else {name: x for name, x in SIZES[args.size].items() if name not in args.memory}
         config, self.weights = load_llama(args.init)
@@ -565,37 +708,51 @@ class Text(Task):
         return config | {name: args.memory[name] for name in ("rope", "rope_factor") if args.memory[name] is not None}
 
     def alphabet(self):
-        """The characters of the part to train on."""
+        """The characters of the training part."""
+        if path := on_disk(self.args.data):
+            if path.is_dir() or path.suffix == ".bin":
+                fail(f"{path} holds tokens: name the folder of their --tokenizer, or of a model with --init")
+            return "".join(sorted(set().union(*map(set, pieces(path, 0, cut_at(path))))))
         text = load_text(self.args.data)
         return "".join(sorted(set(text[: len(text) * 9 // 10])))
 
+    def readable(self, text):
+        """Held-out text without the characters that are not in the alphabet of the training text."""
+        known = set(getattr(self.tokenizer, "alphabet", text))
+        return "".join(c for c in text if c in known)
+
     def load(self):
-        """Read what there is to learn, and split it."""
+        """Read the data and split it."""
         if str(self.args.data).endswith(".jsonl"):
             fail(f"{self.args.data} holds dialogues: add --task chat")
-        text, T = load_text(self.args.data), self.T
-        if self.folder:
-            ids = self.tokenizer.encode(text)
-            train, val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
+        encode, T = self.tokenizer.encode, self.T
+        if path := on_disk(self.args.data):
+            files = sorted(Path(self.folder).glob("tokenizer*")) if self.folder else []
+            known = [self.extra, *(file.read_bytes() for file in files)]
+            self.train, self.val = open_tokens(path, self.tokenizer, known, self.readable)
         else:
-            n, alphabet = len(text) * 9 // 10, self.tokenizer.alphabet
-            train = self.tokenizer.encode(text[:n])
-            val = self.tokenizer.encode("".join(c for c in text[n:] if c in alphabet))
-        n = len(train), len(val)
+            text = load_text(self.args.data)
+            if self.folder:
+                ids = encode(text)
+                self.train, self.val = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
+            else:
+                n = len(text) * 9 // 10
+                self.train, self.val = encode(text[:n]), encode(self.readable(text[n:]))
+        n = len(self.train), len(self.val)
         if n[1] <= T:
-            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or have {10 * T + 10}")
-        self.ids = self.targets = np.concatenate([train, val])
-        self.train, self.val = np.arange(n[0] - T), np.arange(n[0], sum(n) - T, T)
-        self.extra = self.extra | {"digest": digest(train)}
-        self.about = f"{self.args.data or 'manual of Python'}: {n[0]:,} tokens to train on, {n[1]:,} held out"
+            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or provide {10 * T + 10}")
+        self.starts = np.arange(0, n[1] - T, T)
+        self.extra = self.extra | {"digest": digest(self.train.excerpt() if path else self.train)}
+        measured = f", {MEASURED:,} of them measured" * (n[1] > MEASURED)
+        self.about = f"{self.args.data or 'Python manual'}: {n[0]:,} tokens to train on, {n[1]:,} held out{measured}"
         if max(self.lengths, default=0) >= n[1]:
-            fail(f"--lengths must be 1 to {n[1] - 1}, the tokens of the text held out")
+            fail(f"--lengths must be 1 to {n[1] - 1}, the tokens of the held-out text")
 
     def read_prompt(self):
         """The tokens of --prompt, (n,)."""
         args, tokenizer = self.args, self.tokenizer
         if args.chat:
-            tokenizer.dialogue([("user", "")])  # refuses tokens that know no dialogues
+            tokenizer.dialogue([("user", "")])  # refuses tokenizers without a chat template
         if args.prompt is None:
             args.prompt = "The " if self.folder or set("The ") <= set(tokenizer.alphabet) else tokenizer.alphabet[0]
         prompt = np.array([*getattr(tokenizer, "start", []), *tokenizer.encode(args.prompt)], np.int64)
@@ -613,35 +770,45 @@ class Text(Task):
             how = args.accumulate, args.dtype, args.compile
             trainer = net.Trainer(config, args.seed, args.device, weights, *how)
         except (KeyError, ValueError) as error:
-            fail(f"the weights in {args.init} do not fit the model ({error}): fetch them again")
+            fail(f"the weights in {args.init} do not fit the model ({error}): download them again")
+        if args.world > 1:
+            trainer.step = together(trainer.step, net.agree)
         learning = sum(math.prod(w.shape) for w in net.trained(trainer.model).values())
         self.about = "; ".join(filter(None, [f"{learning:,} of them to train", self.about]))
         return trainer
 
-    def windows(self, at, T):
-        """x and y (B, T), y moved on by one: windows of the text that begin at `at` (B,)."""
-        window = at[:, None] + np.arange(T + 1)
-        return self.ids[window[:, :-1]], self.targets[window[:, 1:]]
+    def windows(self, ids, at, T):
+        """x and y (B, T), y shifted by one: windows of `ids` that begin at `at` (B,)."""
+        x = ids[at[:, None] + np.arange(T + 1)]
+        return x[:, :-1], x[:, 1:]
 
     def batch(self, step):
-        rng = np.random.default_rng((self.args.seed, step, 1))
-        return self.windows(self.train[rng.integers(0, len(self.train), self.args.batch_size)], self.T)
+        args, rng, T = self.args, np.random.default_rng((self.args.seed, step, 1)), self.T
+        at, x, y = rng.integers(0, len(self.train) - T, args.batch_size), *np.zeros((2, args.batch_size, T), np.int64)
+        own = slice(args.rank, None, args.world)  # the rows of other processes are not read
+        x[own], y[own] = self.windows(self.train, at[own], T)
+        return x, y
+
+    def held_out(self, at, T):
+        return self.windows(self.val, at, T)
 
     def measure(self, trainer, starts, T):
         """{"val_loss", "perplexity"} of the windows of T tokens that begin at `starts`."""
         total, n, rows = 0.0, 0, max(1, min(32, 2**26 // T // trainer.config.vocab_size))  # no more logits than fit
+        starts = starts[:: math.ceil(len(starts) / max(64, MEASURED // T))]
         for at in np.array_split(starts, math.ceil(len(starts) / rows)):
-            x, y = self.windows(at, T)
+            x, y = self.held_out(at, T)
             total += float(trainer.evaluate(x, y)["val_loss"]) * (y >= 0).sum()
             n += (y >= 0).sum()
-        return {"val_loss": total / n, "perplexity": math.exp(min(total / n, 700))}  # more is beyond a float
+        return {"val_loss": total / n, "perplexity": math.exp(min(total / n, 700))}  # more overflows a float
 
     def evaluate(self, trainer, whole=False):
-        if not len(self.val):
+        starts = self.starts
+        if not len(starts):
             return {}
         if not whole:  # 64 are enough for the log
-            return {"val_loss": self.measure(trainer, self.val[:: math.ceil(len(self.val) / 64)], self.T)["val_loss"]}
-        self.figures = self.measure(trainer, self.val, self.T)
+            return {"val_loss": self.measure(trainer, starts[:: math.ceil(len(starts) / 64)], self.T)["val_loss"]}
+        self.figures = self.measure(trainer, starts, self.T)
         return self.figures
 
     def report(self, trainer):
@@ -660,19 +827,21 @@ class Text(Task):
             files.append(args.export_hf.resolve())
         for bits in dict.fromkeys([32, args.bits]):
             megabytes = trainer.quantize(bits)
-            if len(self.val):
-                figures = self.figures if bits == 32 else self.measure(trainer, self.val, self.T)
+            if len(self.starts):
+                figures = self.figures if bits == 32 else self.measure(trainer, self.starts, self.T)
                 print(f"{bits:2} bits: {megabytes:.1f} MB, perplexity {figures['perplexity']:.4f}", flush=True)
         for length in self.lengths:
-            starts = np.arange(self.val[0], len(self.ids) - length, length)
+            starts = np.arange(0, len(self.val) - length, length)
             figures = figures | {f"perplexity_{length}": self.measure(trainer, starts, length)["perplexity"]}
             print(f"texts of {length} tokens: perplexity {figures[f'perplexity_{length}']:.4f}", flush=True)
         text, speed = self.chat(trainer) if args.chat else self.go_on(trainer)
         (args.out / "sample.txt").write_text(text, encoding="utf-8")
+        if args.world > 1:
+            self.net.agree(False)  # no process ends before the others are done
         return {**figures, "written_per_s": round(speed, 1)}, [*files, "sample.txt"]
 
     def speak(self, trainer, ids):
-        """Print what comes after the tokens `ids`, as it comes; returns it and the tokens a second."""
+        """Print the continuation of the tokens `ids` as it is generated; returns it and the tokens per second."""
         args, utf8, text, n = self.args, codecs.getincrementaldecoder("utf-8")("replace"), [], 0
         began = time.perf_counter()
         for token in trainer.generate(ids[None], args.tokens, args.temperature, args.top_k, args.top_p, args.seed):
@@ -685,13 +854,13 @@ class Text(Task):
         return "".join(text), n / (time.perf_counter() - began)
 
     def go_on(self, trainer):
-        """Write on from the prompt; returns both and the tokens a second."""
+        """Continue the prompt; returns both and the tokens per second."""
         print(f"\n{self.args.prompt}", end="", flush=True)
         text, speed = self.speak(trainer, self.prompt)
         return self.args.prompt + text, speed
 
     def chat(self, trainer):
-        """Answer what is typed, line by line, until the input ends; returns the dialogue and the tokens a second."""
+        """Answer what is typed, line by line, until the input ends; returns the dialogue and the tokens per second."""
         messages, speed = [("system", self.args.system)] if self.args.system else [], 0.0
         while True:
             try:
@@ -704,29 +873,36 @@ class Text(Task):
 
 
 class Chat(Text):
-    """To answer: dialogues, a row each, of which only the assistant's tokens count. The last tenth is held out."""
+    """Answer: one dialogue per row, of which only the assistant's tokens count. The last tenth is held out."""
 
     def load(self):
         data, T = self.args.data, self.T
         if not self.folder:
-            fail("dialogues need a model that knows their form: name its folder with --init")
+            fail("dialogues need a model with a chat template: name its folder with --init")
         if not data or self.lengths:
-            fail("--task chat learns from dialogues: name a .jsonl with --data, and leave --lengths to texts")
+            fail("--task chat trains on dialogues: name a .jsonl with --data, and leave --lengths to texts")
         if not all(messages := load_messages(data)):
             fail(f"{data} has a dialogue without messages: leave it out")
         dialogues = [(ids, own) for ids, own in map(self.tokenizer.dialogue, messages) if own.any()]
         n = len(dialogues) - max(1, len(dialogues) // 10)
-        ids, targets = (np.full((len(dialogues), T + 1), fill) for fill in (0, -1))  # a row each, cut or filled up
+        ids, targets = (np.full((len(dialogues), T + 1), fill) for fill in (0, -1))  # one row each, cut or padded
         for i, (tokens, own) in enumerate(dialogues):
             ids[i, : len(tokens)] = tokens[: T + 1]
             targets[i, : len(tokens)] = np.where(own, tokens, -1)[: T + 1]
-        starts = np.flatnonzero((targets[:, 1:] >= 0).any(1))  # where there is something to learn
-        self.train, self.val = starts[starts < n] * (T + 1), starts[starts >= n] * (T + 1)
-        if not (len(self.train) and len(self.val)):
+        starts = np.flatnonzero((targets[:, 1:] >= 0).any(1))  # rows with something to learn
+        self.train, self.starts = starts[starts < n], starts[starts >= n]  # rows
+        if not (len(self.train) and len(self.starts)):
             fail(f"{data} has {len(starts)} dialogues with an answer in the first {T} tokens: two are needed")
-        self.ids, self.targets = ids.ravel(), targets.ravel()
+        self.ids, self.targets = ids, targets
         self.extra = {"digest": digest(*(tokens for tokens, _ in dialogues[:n]))}
-        self.about = f"{data}: {len(self.train):,} dialogues to train on, {len(self.val):,} held out"
+        self.about = f"{data}: {len(self.train):,} dialogues to train on, {len(self.starts):,} held out"
+
+    def batch(self, step):
+        rng = np.random.default_rng((self.args.seed, step, 1))
+        return self.held_out(self.train[rng.integers(0, len(self.train), self.args.batch_size)], self.T)
+
+    def held_out(self, at, T):
+        return self.ids[at, :-1], self.targets[at, 1:]
 
 
 TASKS = {"text": Text, "chat": Chat}

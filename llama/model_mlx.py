@@ -1,20 +1,20 @@
-"""Llama 2 and 3 in MLX: GPT-2's decoder with better parts; real weights, LoRA, 8 and 4 bits, text without end.
+"""Llama 2 and 3 in MLX: GPT-2's decoder with better parts; released weights, LoRA, 8 and 4 bits, endless text.
 
     idx (B, T) -> token -> n_layer times [x + attention(norm(x)), x + mlp(norm(x))] -> norm -> logits
 
 What differs from GPT-2:
-    RMSNorm   y = w x / sqrt(mean(x^2) + eps)                  the mean stays, and there is no bias here or elsewhere
-    RoPE      q and k at position t are turned, each pair (x_i, x_{i + d/2}) by the angle t f_i, f_i = theta^(-2i/d):
+    RMSNorm   y = w x / sqrt(mean(x^2) + eps)                  the mean is not subtracted, and there are no biases
+    RoPE      q and k at position t are rotated, each pair (x_i, x_{i + d/2}) by the angle t f_i, f_i = theta^(-2i/d):
               then q_t . k_s depends on t - s alone, and no positions are learned        d = head_size
     GQA       each of n_kv_head keys and values serves n_head / n_kv_head queries: the cache is that much smaller
     SwiGLU    mlp(x) = W_down (silu(W_gate x) * W_up x)        three matrices where GPT-2 has two
-    the head may be a matrix of its own, not the embedding's
+    the head may be a separate matrix, not the embedding
 
-LoRA trains y = W x + 2 B A x, A (rank, n_in), B (n_out, rank), and leaves W as it is; 2 is the paper's alpha / r.
+LoRA trains y = W x + 2 B A x, A (rank, n_in), B (n_out, rank), and leaves W as it is; the paper calls the 2 alpha / r.
 
 Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models"; Su et al. 2021 (RoPE); Ainslie
 et al. 2023 (GQA); Shazeer 2020 (SwiGLU); Hu et al. 2021 (LoRA); Xiao et al. 2023 (attention sinks). Names as in the
-released weights, but q, k and v are one matrix, and so are gate and up: one product in place of several.
+released weights, but q, k and v are one matrix, and so are gate and up: one product instead of several.
 """
 
 import json
@@ -22,7 +22,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # full float32 on CUDA and Apple M5 too; read on import
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,13 +44,13 @@ class Config:
     tied: bool = True  # the head is the embedding
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope: str = "default"  # default, linear or llama3: how the angles are slowed down for texts longer than trained on
+    rope: str = "default"  # default, linear or llama3: how rotation is slowed for texts longer than in training
     rope_factor: float = 1.0
     rope_low: float = 1.0  # llama3: slowed are the pairs that turn less often than this in rope_context positions,
     rope_high: float = 4.0  # those that turn more often than this are not, and between the two it is mixed
     rope_context: int = 8192
     window: int = 0  # a position sees itself and the window - 1 before it; 0: all
-    sinks: int = 4  # beside them the first few, on which attention rests that has no place to go
+    sinks: int = 4  # and the first few, the sinks of attention that is not needed elsewhere
     lora_rank: int = 0  # 0: train all weights
     lora_targets: tuple = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     optimizer: str = "muon"  # muon or adamw
@@ -69,7 +69,7 @@ class Config:
             raise ValueError(f"sinks {self.sinks} must be fewer than the tokens of the context, {self.reach}")
 
     def rank(self, name):
-        """LoRA's in the matrices of this name; 0: none."""
+        """The rank of LoRA in the matrices of this name; 0: none."""
         return self.lora_rank if name in self.lora_targets else 0
 
 
@@ -78,7 +78,7 @@ def rope_frequencies(config):
     f = config.rope_theta ** (-np.arange(0, config.head_size, 2) / config.head_size)
     if config.rope == "linear":  # as if the positions stood closer together
         f = f / config.rope_factor
-    if config.rope == "llama3":  # turns in the context trained on: many stay, few are slowed, between them it is mixed
+    if config.rope == "llama3":  # by turns in the training context: with many, it stays; with few, it slows; else mixed
         turns = config.rope_context * f / (2 * np.pi)
         stay = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clip(0, 1)
         f = stay * f + (1 - stay) * f / config.rope_factor
@@ -98,10 +98,10 @@ def rotate(x, turn):
 
 
 class KVCache:
-    """Keys and values of the positions read so far: arrays made once and written in place.
+    """Keys and values of the positions read so far: arrays allocated once and written in place.
 
-    Once full it rolls: the first config.sinks stay, and each new one takes the place of the oldest of the others. The
-    sinks turn with it, so that they stand right before the others, however far these have gone (StreamingLLM).
+    Once full, it rolls: the first config.sinks stay, and each new one replaces the oldest of the others. The sinks are
+    rotated each time, so that they stay right before the others, however far these have gone (StreamingLLM).
     """
 
     def __init__(self, model, batch_size, n):
@@ -113,7 +113,7 @@ class KVCache:
         self.one = rope(mx.ones(1), like)  # a turn by one position
 
     def append(self, layer, k, v):
-        """Write k and v (B, n_kv_head, T, head_size); returns all that is held. To roll it wants T = 1."""
+        """Write k and v (B, n_kv_head, T, head_size); returns all that is held. Rolling needs T = 1."""
         k_all, v_all, at = self.k[layer], self.v[layer], self.length
         if at >= self.size:
             at = self.sinks + (at - self.sinks) % (self.size - self.sinks)
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v):
-        """q (B, n_head, T, head_size): its head h looks on head h // (n_head / n_kv_head) of k and v, none copied."""
+        """q (B, n_head, T, head_size): head h attends to head h // (n_head / n_kv_head) of k and v, without copies."""
         # query t comes after S - T older keys, and sees the keys 0 ... S - T + t. MLX's "causal" is just that; torch's
         # is_causal lines queries and keys up at their starts, and needs a mask where there are older keys
         T, S = q.shape[2], k.shape[2]
@@ -230,7 +230,7 @@ class Llama(nn.Module):
             self.unfreeze(keys=["lora_a", "lora_b"])
 
     def __call__(self, idx, cache=None):
-        """idx (B, T) -> logits (B, T, V). With a cache, idx goes on from it and only the last come: (B, 1, V)."""
+        """idx (B, T) -> logits (B, T, V). With a cache, idx continues it, and only the last logits come: (B, 1, V)."""
         start = cache.length if cache is not None else 0
         x = self.embed_tokens.rows(idx)  # (B, T, C)
         turn = rope(mx.arange(start, start + idx.shape[1]), self._frequencies).astype(x.dtype)
@@ -261,7 +261,7 @@ def merge(model):
 
 
 def quantize(model, bits):
-    """Exchange the matrices for ones in few bits; the embedding and the head, which feel it most, never have 4."""
+    """Replace the matrices by quantized ones; the embedding and the head, which suffer most, never have 4 bits."""
     merge(model)
     for block in model.layers:
         for part, names in (block.self_attn, ("qkv_proj", "o_proj")), (block.mlp, ("gate_up_proj", "down_proj")):
@@ -275,22 +275,22 @@ def quantize(model, bits):
 
 
 def sample(logits, u, temperature, top_k, top_p):
-    """One token a row: logits (B, V), u (B,) from [0, 1) -> (B,), where u falls in the cumulated probabilities."""
+    """One token per row: logits (B, V), u (B,) from [0, 1) -> (B,), where u falls in the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
     token = mx.argsort(-logits, axis=-1)
     p = mx.softmax(mx.take_along_axis(logits, token, -1) / temperature, -1)
-    keep = mx.arange(p.shape[-1]) < top_k  # the top_k likeliest, and of them the
-    keep = keep & (p.cumsum(-1) - p < top_p)  # nucleus: the fewest that hold the share top_p (Holtzman et al. 2020)
+    keep = mx.arange(p.shape[-1]) < top_k  # the top_k most likely, and of these the
+    keep = keep & (p.cumsum(-1) - p < top_p)  # nucleus: the fewest with total probability top_p (Holtzman et al. 2020)
     cdf = (p * keep).cumsum(-1)
     rank = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdims=True)
     return mx.take_along_axis(token, rank, -1)[:, 0]
 
 
 def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
-    """Go on from the prompt idx (B, T): yields one (B,) of tokens for each row of u (n, B), uniform from [0, 1).
+    """Continue the prompt idx (B, T): yields the tokens (B,) for each row of u (n, B), uniform from [0, 1).
 
-    The prompt is read in one pass as far as the cache reaches, then token by token; the cache rolls where it is full.
+    The prompt is read in one pass as far as the cache reaches, then token by token; the cache rolls when it is full.
     """
     cache, top_k = KVCache(model, idx.shape[0], idx.shape[1] + len(u)), top_k or model.config.vocab_size
     new, rest = idx[:, : cache.size], idx[:, cache.size :]
@@ -306,7 +306,7 @@ def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
 
 
 def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
-    """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
+    """Loshchilov & Hutter 2019: Adam, with weight decay applied directly to the weights."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     v_hat = v / (1 - beta2**t)
@@ -314,20 +314,20 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 
 
 def muon(p, g, m, lr, weight_decay, beta=0.9):
-    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
     """
     m = beta * m + (1 - beta) * g
-    update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum as it will be one step on
+    update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum one step ahead
     return p * (1 - lr * weight_decay) - lr * 0.2 * max(p.shape) ** 0.5 * update, m
 
 
 def orthogonalize(g):
-    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+    """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (mx.linalg.norm(x) + 1e-7)
@@ -363,7 +363,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Put {name: numpy array} in place of the model's parameters of these names."""
+    """Replace the model's parameters of these names by {name: numpy array}."""
     params = dict(tree_flatten(model.parameters()))
     for name, p in params.items():
         if name in weights:
@@ -374,9 +374,9 @@ def set_weights(model, weights):
 
 
 def init_weights(model, seed, given):
-    """What is `given`, and else GPT-2's: N(0, 0.02^2), what adds to the residual stream over sqrt(2 n_layer); norms 1.
+    """The `given` weights, else GPT-2's: N(0, 0.02^2), divided by sqrt(2 n_layer) if added to the stream; norms 1.
 
-    LoRA's: A N(0, 1 / n_in), B 0, so that it starts from the model as it is.
+    LoRA: A N(0, 1 / n_in), B 0, so that training starts from the given model.
     """
     rng, weights = np.random.default_rng(seed), get_weights(model)
     for name, w in sorted(weights.items()):
@@ -403,10 +403,15 @@ def join():
     return group.rank(), group.size()
 
 
+def agree(flag):
+    """Whether the flag is set in any process. All must call this, and each waits for the last."""
+    return mx.distributed.all_sum(mx.array(float(flag))).item() > 0
+
+
 class Trainer:
     """A Llama and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them.
 
-    weights: to start from, {name: numpy array}; accumulate: the parts that a batch is computed in, one after the other;
+    weights: initial ones, {name: numpy array}; accumulate: how many parts a batch is computed in, one after the other;
     dtype: what the forward and backward pass are computed in, "float32" or "bfloat16"; the weights stay float32.
     Several processes, started by mlx.launch, share a batch; each holds all of the weights.
     """
@@ -429,15 +434,15 @@ class Trainer:
             self.loss_and_grads = mx.compile(self.loss_and_grads)
 
     def arrays(self, x, *y):
-        """Numpy to the framework. Tokens are checked first: MLX would read past the end of an array without a word."""
+        """Numpy to the framework. Tokens are checked first: MLX would silently read past the end of an array."""
         if x.min() < 0 or any(a.min() < -1 or a.max() >= self.config.vocab_size for a in (x, *y)):
             raise ValueError(f"a token is outside 0 ... {self.config.vocab_size - 1}")
         return [mx.array(a) for a in (x, *y)]
 
     def step(self, x, y, lr):
-        """One update on x (B, T) int64 and y, x moved on by one, -1 where nothing is to be learned.
+        """One update on x (B, T) int64 and y, x shifted by one, -1 where a token does not count.
 
-        Returns {"loss"}, nats a token before the update.
+        Returns {"loss"} in nats per token, before the update.
         """
         self.t += 1
         n, loss, grads, parts = mx.array(float((y >= 0).sum())), 0.0, None, self.accumulate
@@ -461,34 +466,34 @@ class Trainer:
                 moments = self.m[name], self.v[name]
                 params[name], self.m[name], self.v[name] = adamw(p, grads[name], *moments, lr, self.t, decay)
         self.model.update(tree_unflatten(list((others | params).items())))
-        mx.eval(loss, params, self.m, self.v)  # MLX is lazy: here the step is computed
+        mx.eval(loss, params, self.m, self.v)  # MLX is lazy: the step is computed here
         return {"loss": loss}
 
     def evaluate(self, x, y):
-        """{"val_loss"} in nats a token on x (B, T) and y, x moved on by one, -1 where it does not count."""
+        """{"val_loss"} in nats per token on x (B, T) and y, x shifted by one, -1 where it does not count."""
         x, y = self.arrays(x, y)
         return {"val_loss": loss_fn(self.model(x), y) / (y >= 0).sum()}
 
     def generate(self, prompt, n, temperature=1.0, top_k=None, top_p=1.0, seed=0):
-        """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
+        """Yield the next token of each row, numpy (B,), n times, after prompt (B, T) int64; temperature 0 is greedy."""
         (idx,) = self.arrays(prompt)
         u = mx.array(np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32))
         for token in generate(self.model, idx, u, temperature, top_k, top_p):
             yield np.array(token)
 
     def quantize(self, bits):
-        """To matrices of 8 or 4 bits, or for 32 as it is; returns the megabytes that the weights take."""
+        """Quantize to 8 or 4 bits, 32 changes nothing; returns the megabytes that the weights take."""
         if bits < 32:
             quantize(self.model, bits)
         return sum(w.nbytes for _, w in tree_flatten(self.model.parameters())) / 1e6
 
     def merge(self):
-        """Fold LoRA's adapters into the weights. Their moments are gone with them."""
+        """Fold LoRA's adapters into the weights. Their moments are dropped."""
         merge(self.model)
         self.m, self.v, self.t = {}, {}, 0
 
     def save(self, path, step, **extra):
-        """Weights trained, moments, step, config and what train.py wants to remember, to one .npz: all or nothing."""
+        """Trained weights, moments, step, config and what train.py adds, to one .npz: all or nothing."""
         arrays = {name: gather(p) for name, p in trained(self.model).items()}
         arrays |= {f"m.{name}": gather(m) for name, m in self.m.items()}
         arrays |= {f"v.{name}": gather(v) for name, v in self.v.items()}
@@ -500,7 +505,7 @@ class Trainer:
         os.replace(f"{path}.part", path)
 
     def load(self, path):
-        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        """Load what save wrote, in either framework; returns the step to continue from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         self.t, params = meta["step"], trained(self.model)

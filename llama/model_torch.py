@@ -1,20 +1,20 @@
-"""Llama 2 and 3 in PyTorch: GPT-2's decoder with better parts; real weights, LoRA, 8 and 4 bits, text without end.
+"""Llama 2 and 3 in PyTorch: GPT-2's decoder with better parts; released weights, LoRA, 8 and 4 bits, endless text.
 
     idx (B, T) -> token -> n_layer times [x + attention(norm(x)), x + mlp(norm(x))] -> norm -> logits
 
 What differs from GPT-2:
-    RMSNorm   y = w x / sqrt(mean(x^2) + eps)                  the mean stays, and there is no bias here or elsewhere
-    RoPE      q and k at position t are turned, each pair (x_i, x_{i + d/2}) by the angle t f_i, f_i = theta^(-2i/d):
+    RMSNorm   y = w x / sqrt(mean(x^2) + eps)                  the mean is not subtracted, and there are no biases
+    RoPE      q and k at position t are rotated, each pair (x_i, x_{i + d/2}) by the angle t f_i, f_i = theta^(-2i/d):
               then q_t . k_s depends on t - s alone, and no positions are learned        d = head_size
     GQA       each of n_kv_head keys and values serves n_head / n_kv_head queries: the cache is that much smaller
     SwiGLU    mlp(x) = W_down (silu(W_gate x) * W_up x)        three matrices where GPT-2 has two
-    the head may be a matrix of its own, not the embedding's
+    the head may be a separate matrix, not the embedding
 
-LoRA trains y = W x + 2 B A x, A (rank, n_in), B (n_out, rank), and leaves W as it is; 2 is the paper's alpha / r.
+LoRA trains y = W x + 2 B A x, A (rank, n_in), B (n_out, rank), and leaves W as it is; the paper calls the 2 alpha / r.
 
 Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models"; Su et al. 2021 (RoPE); Ainslie
 et al. 2023 (GQA); Shazeer 2020 (SwiGLU); Hu et al. 2021 (LoRA); Xiao et al. 2023 (attention sinks). Names as in the
-released weights, but q, k and v are one matrix, and so are gate and up: one product in place of several.
+released weights, but q, k and v are one matrix, and so are gate and up: one product instead of several.
 """
 
 import atexit
@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+torch.backends.cudnn.allow_tf32 = False  # full float32, for convolutions on CUDA too
 
 
 @dataclass
@@ -48,13 +48,13 @@ class Config:
     tied: bool = True  # the head is the embedding
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope: str = "default"  # default, linear or llama3: how the angles are slowed down for texts longer than trained on
+    rope: str = "default"  # default, linear or llama3: how rotation is slowed for texts longer than in training
     rope_factor: float = 1.0
     rope_low: float = 1.0  # llama3: slowed are the pairs that turn less often than this in rope_context positions,
     rope_high: float = 4.0  # those that turn more often than this are not, and between the two it is mixed
     rope_context: int = 8192
     window: int = 0  # a position sees itself and the window - 1 before it; 0: all
-    sinks: int = 4  # beside them the first few, on which attention rests that has no place to go
+    sinks: int = 4  # and the first few, the sinks of attention that is not needed elsewhere
     lora_rank: int = 0  # 0: train all weights
     lora_targets: tuple = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     optimizer: str = "muon"  # muon or adamw
@@ -73,7 +73,7 @@ class Config:
             raise ValueError(f"sinks {self.sinks} must be fewer than the tokens of the context, {self.reach}")
 
     def rank(self, name):
-        """LoRA's in the matrices of this name; 0: none."""
+        """The rank of LoRA in the matrices of this name; 0: none."""
         return self.lora_rank if name in self.lora_targets else 0
 
 
@@ -82,7 +82,7 @@ def rope_frequencies(config):
     f = config.rope_theta ** (-np.arange(0, config.head_size, 2) / config.head_size)
     if config.rope == "linear":  # as if the positions stood closer together
         f = f / config.rope_factor
-    if config.rope == "llama3":  # turns in the context trained on: many stay, few are slowed, between them it is mixed
+    if config.rope == "llama3":  # by turns in the training context: with many, it stays; with few, it slows; else mixed
         turns = config.rope_context * f / (2 * np.pi)
         stay = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clip(0, 1)
         f = stay * f + (1 - stay) * f / config.rope_factor
@@ -102,10 +102,10 @@ def rotate(x, turn):
 
 
 class KVCache:
-    """Keys and values of the positions read so far: arrays made once and written in place.
+    """Keys and values of the positions read so far: arrays allocated once and written in place.
 
-    Once full it rolls: the first config.sinks stay, and each new one takes the place of the oldest of the others. The
-    sinks turn with it, so that they stand right before the others, however far these have gone (StreamingLLM).
+    Once full, it rolls: the first config.sinks stay, and each new one replaces the oldest of the others. The sinks are
+    rotated each time, so that they stay right before the others, however far these have gone (StreamingLLM).
     """
 
     def __init__(self, model, batch_size, n):
@@ -117,7 +117,7 @@ class KVCache:
         self.one = rope(like.new_ones(1), like)  # a turn by one position
 
     def append(self, layer, k, v):
-        """Write k and v (B, n_kv_head, T, head_size); returns all that is held. To roll it wants T = 1."""
+        """Write k and v (B, n_kv_head, T, head_size); returns all that is held. Rolling needs T = 1."""
         k_all, v_all, at = self.k[layer], self.v[layer], self.length
         if at >= self.size:
             at = self.sinks + (at - self.sinks) % (self.size - self.sinks)
@@ -152,7 +152,7 @@ class Linear(nn.Module):
 
 
 class Quantized(nn.Module):
-    """A matrix in 8 or 4 bits a weight: w = q scale with a scale a row, or w = q scale + edge in groups of 32 of a row.
+    """A matrix in 8 or 4 bits per weight: w = q scale with a scale per row, or w = q scale + edge for 32 in a row.
 
     torch has products for the CPU that take q as it is and x in bfloat16; MLX has groups in 8 bits too, and takes x in
     float32.
@@ -171,7 +171,7 @@ class Quantized(nn.Module):
             steps = (15 * edge.abs() / (high - low).clamp(min=1e-8)).round()  # from one to the other
             scale = torch.where(edge == 0, 1.0, -edge / steps)
             q = ((groups - edge) / scale).round().clamp(0, 15).int().reshape(weight.shape)
-            q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)  # two in a byte
+            q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)  # two per byte
             scale = torch.cat([scale, edge + 8 * scale], 2).swapaxes(0, 1)  # this product has w = (q - 8) scale + zero
         self.register_buffer("q", q)
         self.register_buffer("scale", scale.bfloat16().contiguous())
@@ -208,7 +208,7 @@ class Attention(nn.Module):
         return self.o_proj(y.swapaxes(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v):
-        """q (B, n_head, T, head_size): its head h looks on head h // (n_head / n_kv_head) of k and v, none copied."""
+        """q (B, n_head, T, head_size): head h attends to head h // (n_head / n_kv_head) of k and v, without copies."""
         # query t comes after S - T older keys, and sees the keys 0 ... S - T + t. MLX's "causal" is just that; torch's
         # is_causal lines queries and keys up at their starts, and needs a mask where there are older keys
         T, S = q.shape[2], k.shape[2]
@@ -258,7 +258,7 @@ class Llama(nn.Module):
             p.requires_grad = "lora" in name or not config.lora_rank
 
     def forward(self, idx, cache=None):
-        """idx (B, T) -> logits (B, T, V). With a cache, idx goes on from it and only the last come: (B, 1, V)."""
+        """idx (B, T) -> logits (B, T, V). With a cache, idx continues it, and only the last logits come: (B, 1, V)."""
         start = cache.length if cache is not None else 0
         x = self.embed_tokens.rows(idx)  # (B, T, C)
         turn = rope(torch.arange(start, start + idx.shape[1], device=idx.device), self._frequencies).to(x.dtype)
@@ -289,7 +289,7 @@ def merge(model):
 
 
 def quantize(model, bits):
-    """Exchange the matrices for ones in few bits; the embedding and the head, which feel it most, never have 4."""
+    """Replace the matrices by quantized ones; the embedding and the head, which suffer most, never have 4 bits."""
     merge(model)
     for block in model.layers:
         for part, names in (block.self_attn, ("qkv_proj", "o_proj")), (block.mlp, ("gate_up_proj", "down_proj")):
@@ -303,12 +303,12 @@ def quantize(model, bits):
 
 
 def sample(logits, u, temperature, top_k, top_p):
-    """One token a row: logits (B, V), u (B,) from [0, 1) -> (B,), where u falls in the cumulated probabilities."""
+    """One token per row: logits (B, V), u (B,) from [0, 1) -> (B,), where u falls in the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
     p, token = torch.softmax(logits / temperature, -1).sort(dim=-1, descending=True)
-    keep = torch.arange(p.shape[-1], device=p.device) < top_k  # the top_k likeliest, and of them the
-    keep = keep & (p.cumsum(-1) - p < top_p)  # nucleus: the fewest that hold the share top_p (Holtzman et al. 2020)
+    keep = torch.arange(p.shape[-1], device=p.device) < top_k  # the top_k most likely, and of these the
+    keep = keep & (p.cumsum(-1) - p < top_p)  # nucleus: the fewest with total probability top_p (Holtzman et al. 2020)
     cdf = (p * keep).cumsum(-1)
     rank = (cdf < u[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
     return token.gather(-1, rank)[:, 0]
@@ -316,9 +316,9 @@ def sample(logits, u, temperature, top_k, top_p):
 
 @torch.inference_mode()
 def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
-    """Go on from the prompt idx (B, T): yields one (B,) of tokens for each row of u (n, B), uniform from [0, 1).
+    """Continue the prompt idx (B, T): yields the tokens (B,) for each row of u (n, B), uniform from [0, 1).
 
-    The prompt is read in one pass as far as the cache reaches, then token by token; the cache rolls where it is full.
+    The prompt is read in one pass as far as the cache reaches, then token by token; the cache rolls when it is full.
     """
     cache, top_k = KVCache(model, idx.shape[0], idx.shape[1] + len(u)), top_k or model.config.vocab_size
     new, rest = idx[:, : cache.size], idx[:, cache.size :]
@@ -335,7 +335,7 @@ def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
 
 @torch.no_grad()
 def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
-    """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
+    """Loshchilov & Hutter 2019: Adam, with weight decay applied directly to the weights."""
     m.lerp_(g, 1 - beta1)  # m = beta1 m + (1 - beta1) g
     v.lerp_(g * g, 1 - beta2)
     v_hat = v / (1 - beta2**t)
@@ -344,20 +344,20 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 
 @torch.no_grad()
 def muon(p, g, m, lr, weight_decay, beta=0.9):
-    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
     """
     m.lerp_(g, 1 - beta)
-    update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum as it will be one step on
+    update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum one step ahead
     p.mul_(1 - lr * weight_decay).sub_(lr * 0.2 * max(p.shape) ** 0.5 * update)
 
 
 def orthogonalize(g):
-    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+    """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (x.norm() + 1e-7)
@@ -383,7 +383,7 @@ def gather(p):
 
 
 def scatter(w, p):
-    """The numpy array w in the place, and in the parts, that p has."""
+    """The numpy array w on the device, and in the shards, of p."""
     w = torch.from_numpy(w).to(p.device)
     return distribute_tensor(w, p.device_mesh, p.placements) if isinstance(p, DTensor) else w
 
@@ -394,7 +394,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Put {name: numpy array} in place of the model's parameters of these names."""
+    """Replace the model's parameters of these names by {name: numpy array}."""
     for name, p in model.named_parameters():
         if name in weights:
             if weights[name].shape != tuple(p.shape):
@@ -403,9 +403,9 @@ def set_weights(model, weights):
 
 
 def init_weights(model, seed, given):
-    """What is `given`, and else GPT-2's: N(0, 0.02^2), what adds to the residual stream over sqrt(2 n_layer); norms 1.
+    """The `given` weights, else GPT-2's: N(0, 0.02^2), divided by sqrt(2 n_layer) if added to the stream; norms 1.
 
-    LoRA's: A N(0, 1 / n_in), B 0, so that it starts from the model as it is.
+    LoRA: A N(0, 1 / n_in), B 0, so that training starts from the given model.
     """
     rng, weights = np.random.default_rng(seed), get_weights(model)
     for name, w in sorted(weights.items()):
@@ -430,18 +430,25 @@ def devices():
 def join():
     """(rank, size): which of how many processes this is; (0, 1) unless torchrun started it."""
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)  # else its threads may abort the process as it ends
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def agree(flag):
+    """Whether the flag is set in any process. All must call this, and each waits for the last."""
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags)
+    return flags.item() > 0
 
 
 class Trainer:
     """A Llama and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them.
 
-    weights: to start from, {name: numpy array}; accumulate: the parts that a batch is computed in, one after the other;
+    weights: initial ones, {name: numpy array}; accumulate: how many parts a batch is computed in, one after the other;
     dtype: what the forward and backward pass are computed in, "float32" or "bfloat16"; the weights stay float32.
-    Several processes, started by torchrun, share a batch; of the weights each holds a part, and has a layer's others
-    while that layer is at work (FSDP): that saves memory; a small model on the cores of one CPU gains no time by it.
+    Several processes, started by torchrun, share a batch. Each holds a part of the weights, and a layer's other
+    parts while that layer runs (FSDP). This saves memory; for a small model on the cores of one CPU, it saves no time.
     """
 
     def __init__(self, config, seed=0, device=None, weights=None, accumulate=1, dtype="float32", compile=False):
@@ -454,20 +461,20 @@ class Trainer:
         if self.size > 1:
             mesh = init_device_mesh(self.device, (self.size,))
             for part in [*self.model.layers, self.model]:
-                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)  # also the root: zero_grad needs the parts
         self.net = torch.compile(self.model) if compile else self.model  # the same weights
         self.m, self.v = {}, {}  # moments, made at the first step
 
     def arrays(self, x, *y):
-        """Numpy to the framework. Tokens are checked first: MLX would read past the end of an array without a word."""
+        """Numpy to the framework. Tokens are checked first: MLX would silently read past the end of an array."""
         if x.min() < 0 or any(a.min() < -1 or a.max() >= self.config.vocab_size for a in (x, *y)):
             raise ValueError(f"a token is outside 0 ... {self.config.vocab_size - 1}")
         return [torch.from_numpy(a).to(self.device) for a in (x, *y)]
 
     def step(self, x, y, lr):
-        """One update on x (B, T) int64 and y, x moved on by one, -1 where nothing is to be learned.
+        """One update on x (B, T) int64 and y, x shifted by one, -1 where a token does not count.
 
-        Returns {"loss"}, nats a token before the update.
+        Returns {"loss"} in nats per token, before the update.
         """
         self.t += 1
         self.model.zero_grad()
@@ -477,48 +484,54 @@ class Trainer:
             x, y = self.arrays(*part)
             with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
                 share = loss_fn(self.net(x).float(), y) / n
-            (share * self.size).backward()  # adds to the gradients; of the processes' the mean will be taken
+            (share * self.size).backward()  # adds to the gradients; the mean over processes will be taken
             loss = loss + share.detach()
-        if self.size > 1:
-            dist.all_reduce(loss)
         params = trained(self.model)
-        nn.utils.clip_grad_norm_(params.values(), 1.0)
         if not self.m:
             self.m, self.v = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
+        grads, m, v = {name: p.grad for name, p in params.items()}, self.m, self.v
+        if self.size > 1:  # only this process's parts, as plain arrays: operations on a DTensor cost far more
+            params, grads, m, v = ({k: x.detach().to_local() for k, x in a.items()} for a in (params, grads, m, v))
+        norm = nn.utils.get_total_norm(grads.values())
+        if self.size > 1:
+            sums = torch.stack([loss, norm * norm])
+            dist.all_reduce(sums)
+            loss, norm = sums[0], sums[1].sqrt()
         for name, p in params.items():
+            g = grads[name].mul_((1 / (norm + 1e-6)).clamp(max=1))  # clipped to a norm of 1
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
             if self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("layers."):  # the blocks' matrices
-                muon(p, p.grad, self.m[name], lr, decay)
+                muon(p, g, m[name], lr, decay)
             else:
-                adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
+                adamw(p, g, m[name], v[name], lr, self.t, decay)
         return {"loss": loss}
 
     @torch.no_grad()
     def evaluate(self, x, y):
-        """{"val_loss"} in nats a token on x (B, T) and y, x moved on by one, -1 where it does not count."""
+        """{"val_loss"} in nats per token on x (B, T) and y, x shifted by one, -1 where it does not count."""
         x, y = self.arrays(x, y)
         return {"val_loss": loss_fn(self.model(x), y) / (y >= 0).sum()}
 
     def generate(self, prompt, n, temperature=1.0, top_k=None, top_p=1.0, seed=0):
-        """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
+        """Yield the next token of each row, numpy (B,), n times, after prompt (B, T) int64; temperature 0 is greedy."""
         (idx,) = self.arrays(prompt)
         u = torch.from_numpy(np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32)).to(self.device)
         for token in generate(self.model, idx, u, temperature, top_k, top_p):
             yield token.cpu().numpy()
 
     def quantize(self, bits):
-        """To matrices of 8 or 4 bits, or for 32 as it is; returns the megabytes that the weights take."""
+        """Quantize to 8 or 4 bits, 32 changes nothing; returns the megabytes that the weights take."""
         if bits < 32:
             quantize(self.model, bits)
         return sum(w.nbytes for w in self.model.state_dict().values()) / 1e6
 
     def merge(self):
-        """Fold LoRA's adapters into the weights. Their moments are gone with them."""
+        """Fold LoRA's adapters into the weights. Their moments are dropped."""
         merge(self.model)
         self.m, self.v, self.t = {}, {}, 0
 
     def save(self, path, step, **extra):
-        """Weights trained, moments, step, config and what train.py wants to remember, to one .npz: all or nothing."""
+        """Trained weights, moments, step, config and what train.py adds, to one .npz: all or nothing."""
         arrays = {name: gather(p) for name, p in trained(self.model).items()}
         arrays |= {f"m.{name}": gather(m) for name, m in self.m.items()}
         arrays |= {f"v.{name}": gather(v) for name, v in self.v.items()}
@@ -530,7 +543,7 @@ class Trainer:
         os.replace(f"{path}.part", path)
 
     def load(self, path):
-        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        """Load what save wrote, in either framework; returns the step to continue from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         self.t, params = meta["step"], trained(self.model)

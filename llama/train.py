@@ -2,15 +2,16 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "mlx[cpu]==0.32.4", "numpy", "pillow", "tiktoken"]
 # ///
-"""Train a Llama, or take the weights of a real one, and let it write or chat:
+"""Train a Llama, or load the weights of a released one, and let it write or chat:
 
-    python train.py                                                       from scratch, on the manual of Python
-    python train.py --init DIR --chat                                     a model from Hugging Face, talking
-    python train.py --init DIR --prompt "Once upon a time" --bits 8       writing, in 8 bits, beside float32
-    python train.py --init DIR --data own.jsonl --lora 8 --steps 100      fine-tuned; --export-hf NEW writes it out
+    python train.py                                                       from scratch, on Python's manual
+    python train.py --init DIR --chat                                     chat with a model from Hugging Face
+    python train.py --init DIR --prompt "Once upon a time" --bits 8       write, in 8 bits, and compare with float32
+    python train.py --init DIR --data own.jsonl --lora 8 --steps 100      fine-tune; --export-hf NEW exports it
 
-Tasks: text (go on with it), chat (answer; only the assistant's tokens count).
---data: tinyshakespeare or a text; dialogues, {"messages": [{"role": "user", "content": "..."}, ...]} in each line.
+Tasks: text (continue it), chat (answer; only the assistant's tokens count).
+--data: tinyshakespeare, a text of any size (tokens of more than 16 MB are kept in files beside it), the folder of
+nanoGPT's train.bin and val.bin; dialogues, {"messages": [{"role": "user", "content": "..."}, ...]} in each line.
 Two processes: torchrun --nproc-per-node 2 train.py --optimizer adamw; mlx.launch -n 2 -- python train.py --backend mlx
 """
 
@@ -43,7 +44,7 @@ MATRICES = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
 def defaults(asked):
-    """What the flags are that are not given."""
+    """The values of flags that are not given."""
     if asked.init:  # the shape of the model is in its folder
         return DEFAULTS["real"] | dict(lr=RATES["lora" if asked.lora_rank else "real"])
     size = asked.size or "tiny"
@@ -54,66 +55,66 @@ def defaults(asked):
 
 
 def read_args():
-    """The command line; and with --resume what the checkpoint remembers, else None."""
+    """Parse the command line: the arguments and, with --resume, the checkpoint's metadata, else None."""
     apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
     usual = "chat" if any(word.endswith(".jsonl") for word in sys.argv) else "text"
-    folder = dict(type=os.path.realpath, metavar="folder")  # a checkpoint finds it from everywhere
+    folder = dict(type=os.path.realpath, metavar="folder")  # absolute, so that a checkpoint finds it
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
-    add = parser.add_argument_group("kept in the checkpoint; --resume refuses others").add_argument
+    add = parser.add_argument_group("saved in the checkpoint; fixed when resuming").add_argument
     fixed = [
-        add("--task", choices=TASKS, default=usual, help="what there is to learn: chat if --data is a .jsonl"),
-        add("--data", help="tinyshakespeare, a text or dialogues.jsonl (without: Python's manual)"),
-        add("--init", **folder, help="start from a Llama as Hugging Face stores it"),
-        add("--tokenizer", **folder, help="its tokens (without: --init's, or characters)"),
+        add("--task", choices=TASKS, default=usual, help="what to train: chat if --data is a .jsonl"),
+        add("--data", help="tinyshakespeare, a text, tokens (.bin) or dialogues.jsonl (default: Python's manual)"),
+        add("--init", **folder, help="start from a Llama in Hugging Face's format"),
+        add("--tokenizer", **folder, help="its tokenizer (default: --init's, or characters)"),
         add("--size", choices=SIZES, help="of a new model; the next five change parts of it"),
-        add("--n-layer", type=within("[1, 1000]", int), help="blocks, one above the other"),
-        add("--n-head", type=within("[1, 65536]", int), help="heads: --n-embd is a multiple of twice as many"),
+        add("--n-layer", type=within("[1, 1000]", int), help="number of blocks"),
+        add("--n-head", type=within("[1, 65536]", int), help="heads: --n-embd is a multiple of twice this"),
         add("--n-kv-head", type=within("[1, 65536]", int), help="heads of keys and values: a divisor of --n-head"),
-        add("--n-embd", type=within("[1, 65536]", int), help="width of the embedding of a token"),
+        add("--n-embd", type=within("[1, 65536]", int), help="width of the token embeddings"),
         add("--n-hidden", type=within("[1, 1048576]", int), help="width inside the MLP"),
-        add("--optimizer", choices=["muon", "adamw"], help="muon: of the blocks' matrices, adamw of the rest"),
-        add("--lora", type=within("[0, 65536]", int), default=0, dest="lora_rank", help="the rank of adapters"),
-        add("--lora-targets", nargs="+", choices=MATRICES, default=MATRICES, help="the matrices that get them"),
+        add("--optimizer", choices=["muon", "adamw"], help="muon: for the blocks' matrices, adamw for the rest"),
+        add("--lora", type=within("[0, 65536]", int), default=0, dest="lora_rank", help="rank of the adapters"),
+        add("--lora-targets", nargs="+", choices=MATRICES, default=MATRICES, help="the matrices to adapt"),
     ]
-    add = parser.add_argument_group("kept too; --resume takes others").add_argument
+    add = parser.add_argument_group("saved too; may change when resuming").add_argument
     kept = [
         add("--block-size", type=within("[1, inf)", int), dest="length",
-            help="tokens to learn from at once (without: the context, at first 128; of --init at most 256)"),
+            help="length of training windows in tokens (default: the context, 128; with --init at most 256)"),
         add("--window", type=within("[0, inf)", int), default=0, help="tokens that a token sees, with itself; 0: all"),
-        add("--sinks", type=within("[0, inf)", int), default=4, help="the first tokens, seen beyond the window"),
+        add("--sinks", type=within("[0, inf)", int), default=4, help="first tokens, which are always seen"),
         add("--rope", choices=["default", "linear", "llama3"], help="how to stretch the positions"),
-        add("--factor", type=within("[1, inf)"), dest="rope_factor", help="by how much: texts may be so much longer"),
-        add("--steps", type=within("[0, inf)", int), help="0: only evaluate and write"),
-        add("--batch-size", type=within("[1, 65536]", int), default=8, help="rows of a step"),
-        add("--accumulate", type=within("[1, 65536]", int), default=1, help="compute a batch in so many parts"),
-        add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of what is computed"),
-        add("--lr", type=within("(0, inf)"), help="the highest rate; it falls to 0 linearly"),
-        add("--warmup", type=within("[1, inf)", int), default=30, help="steps in which the rate rises"),
-        add("--seed", type=within("[0, 4294967295]", int), default=0, help="of weights, batches, samples"),
+        add("--factor", type=within("[1, inf)"), dest="rope_factor", help="texts may be longer by this factor"),
+        add("--steps", type=within("[0, inf)", int), help="0: only evaluate and generate"),
+        add("--batch-size", type=within("[1, 65536]", int), default=8, help="rows per step"),
+        add("--accumulate", type=within("[1, 65536]", int), default=1, help="compute a batch in this many parts"),
+        add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation"),
+        add("--lr", type=within("(0, inf)"), help="peak learning rate; decays to 0 linearly"),
+        add("--warmup", type=within("[1, inf)", int), default=30, help="warm-up steps"),
+        add("--seed", type=within("[0, 4294967295]", int), default=0, help="for weights, batches and samples"),
     ]  # fmt: skip
-    add = parser.add_argument_group("of this run alone").add_argument
+    add = parser.add_argument_group("for this run only").add_argument
     add("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch", help="the framework")
-    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (without: the best there is)")
-    add("--out", type=Path, help="the folder for what the run writes")
-    add("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
-    add("--compile", action="store_true", help="let the framework compile the model first")
-    add("--merge", action="store_true", help="add the adapters to the weights, in OUT/merged/ckpt.npz")
-    add("--export-hf", type=Path, metavar="DIR", help="at the end, write the weights there for Hugging Face")
+    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best available)")
+    add("--out", type=Path, help="the output folder")
+    add("--resume", action="store_true", help="continue from OUT/ckpt.npz, whichever backend wrote it")
+    add("--compile", action="store_true", help="compile the model first")
+    add("--merge", action="store_true", help="merge the adapters into the weights, in OUT/merged/ckpt.npz")
+    add("--export-hf", type=Path, metavar="DIR", help="at the end, save the weights there in Hugging Face's format")
     add("--export-dtype", choices=["float32", "bfloat16"], default="float32", help="of these weights")
-    add("--bits", type=int, choices=[32, 8, 4], default=32, help="write with weights of so many bits")
-    add("--lengths", type=within("[1, inf)", int), nargs="+", help="measure texts of so many tokens, too")
-    add("--chat", action="store_true", help="answer what is typed, until Ctrl-D")
-    add("--system", help="what a chat begins with: who answers, and how")
-    add("--prompt", help="what to go on with; - reads it from the standard input")
-    add("--tokens", type=within("[0, inf)", int), default=500, help="how many to write")
-    add("--temperature", type=within("[0, inf)"), help="0: always the likeliest token")
-    add("--top-k", type=within("[1, inf)", int), help="only from the K likeliest")
-    add("--top-p", type=within("(0, 1]"), default=1.0, help="only from the likeliest that hold the share P")
+    add("--bits", type=int, choices=[32, 8, 4], default=32, help="generate with weights of this many bits")
+    add("--lengths", type=within("[1, inf)", int), nargs="+", help="evaluate texts of this many tokens, too")
+    add("--chat", action="store_true", help="chat in the terminal, until Ctrl-D")
+    add("--system", help="the system message of a chat")
+    add("--prompt", help="the text to continue; - reads the standard input")
+    add("--tokens", type=within("[0, inf)", int), default=500, help="how many tokens to generate")
+    add("--temperature", type=within("[0, inf)"), help="0: always the most likely token")
+    add("--top-k", type=within("[1, inf)", int), help="sample from the K most likely")
+    add("--top-p", type=within("(0, 1]"), default=1.0, help="sample from the most likely with total probability P")
     return parse(parser, MODEL, fixed, kept, defaults)
 
 
 def rate(step, args):
-    """The learning rate: up in --warmup steps, and down to 0, linearly."""
+    """The learning rate: --warmup steps of linear warm-up, then linear decay to 0."""
     return args.lr * min((step + 1) / args.warmup, 1.0) * (1 - step / args.steps)
 
 
@@ -121,24 +122,24 @@ def rate(step, args):
 
 
 def load_twin(args):
-    """The module model_torch or model_mlx; args.device becomes the device that it uses, args.rank this process's."""
+    """Import model_torch or model_mlx; sets args.device, and args.rank and args.world of this process."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
     except ImportError as error:
-        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or use the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
-        fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
+        fail(f"--device {args.device} is not available with {args.backend} here: use {', '.join(net.devices())}")
     args.rank, args.world = net.join() if hasattr(net, "join") else (0, 1)
-    if args.rank:  # one of several processes speaks and saves
+    if args.rank:  # only the first process prints and saves
         sys.stdout = open(os.devnull, "w")
     return net
 
 
 def fit(trainer, task, args, start, memory):
-    """Train from step `start` to args.steps; twenty times on the way evaluate, save and print a line.
+    """Train from step `start` to args.steps; about twenty times, evaluate, save and print a line.
 
-    Ctrl-C ends the step at hand, saves and exits with 130; a second one does not wait. Returns the steps a second.
+    Ctrl-C finishes the current step, saves and exits with 130; a second Ctrl-C does not wait. Returns steps per second.
     """
     ckpt, interrupted, every = args.out / "ckpt.npz", [], max(1, args.steps // 20)
 
@@ -163,12 +164,12 @@ def fit(trainer, task, args, start, memory):
                 fail(f"the loss is not finite at step {min(at, step)}: {why}{f'; {ckpt} is kept' * ckpt.exists()}")
         first = not speed and not args.resume
         try:
-            if first and ckpt.exists():
+            if first and not args.rank and ckpt.exists():
                 shutil.copy2(ckpt, args.out / "ckpt.old.npz")
             trainer.save(ckpt, done, **memory)
         except OSError as error:
             Path(f"{ckpt}.part").unlink(missing_ok=True)
-            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or name another --out")
+            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or choose another --out")
         speed, left = (done - start) / busy, (args.steps - done) * busy / (done - start)
         figures = {**values[-2], **values[-1]}
         line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -184,17 +185,17 @@ def fit(trainer, task, args, start, memory):
 
 
 def main():
-    """Arguments, task, model, checkpoint; train; report, and the result as the last line."""
+    """Set up the task, the model and the checkpoint; train; report; print the result as the last line."""
     began, (args, saved) = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
     fields, there = net.Config.__dataclass_fields__, saved["config"] if saved else {}
     for name, value in there.items():
         if name in fields and isinstance(value, str) != isinstance(fields[name].default, str):
-            fail(f"{ckpt} is damaged, its {name} is {value!r}: train anew without --resume, or name another --out")
+            fail(f"{ckpt} is damaged ({name} is {value!r}): start over without --resume, or choose another --out")
     note, task = claim(args), TASKS[args.task](args, saved)
     for name, value in (task.config | (task.extra if args.steps else {})).items():
         if saved and {**saved, **there}.get(name, value) != value:
-            fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
+            fail(f"{ckpt} was trained on other data (its {name} differs): use the same --data and --seed")
     config = {name: x for name, x in args.memory.items() if name in fields and x is not None} | task.config
     try:
         trainer = task.trainer(net, net.Config(**config | there))
@@ -202,7 +203,7 @@ def main():
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
             raise
-        fail(f"{ckpt} does not fit the model ({error!r}): train anew without --resume" if saved else error)
+        fail(f"{ckpt} does not fit the model ({error!r}): start over without --resume" if saved else error)
     params = sum(w.size for w in net.get_weights(trainer.model).values())
     print(f"{MODEL}: {args.backend} on {args.device}, {params:,} parameters; {task.about}; files go to {args.out}"
           f"{note}", flush=True)  # fmt: skip
@@ -218,15 +219,17 @@ def main():
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # numbers that are not finite are spoken of in fit
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer letters
+    warnings.simplefilter("ignore")  # fit reports numbers that are not finite
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack some characters
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+    except BrokenPipeError:  # as after `| head`: nobody reads the rest
         os._exit(141)
-    except (OSError, MemoryError) as error:  # a full disk, a folder that may not be written to, too little memory
-        print(f"train.py: {str(error)[:500] or 'too little memory'}: make room, or change --out", file=sys.stderr)
+    except (OSError, MemoryError, RuntimeError) as error:  # a full disk, no permission to write, too little memory
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        print(f"train.py: {str(error)[:500] or 'no memory'}: make room, or change --out, --batch-size", file=sys.stderr)
         os._exit(2)

@@ -1,6 +1,6 @@
-"""What there is to learn: a class of points in the plane, a curve, digits; or the rows of a CSV.
+"""The tasks: classify points in the plane, fit a curve, classify digits; or learn from your own CSV.
 
-One class a task, all in numpy. A new task is one more class, named in TASKS at the end.
+One class per task, all in numpy. To add a task, write one more class and add it to TASKS at the end.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def fail(message):
-    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
+    """End the run on bad input: one line that says what is wrong and how to fix it, exit code 2."""
     print("train.py:", " ".join(str(message).split())[:1000], file=sys.stderr)
     raise SystemExit(2)
 
@@ -59,7 +59,7 @@ def read_meta(path, model):
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
                 raise ValueError("a part is damaged or compressed")
             meta = json.loads(str(f["meta"]))
-        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        most = max(1 << 20, path.stat().st_size)  # no dimension of a model exceeds its file's size in bytes
         for name, value in meta["config"].items():
             if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
                 raise ValueError(f"its {name} is {value}")
@@ -72,14 +72,14 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} is no checkpoint to go on from ({reason}): train anew without --resume, or name another --out")
+    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
-    """The arguments; and with --resume what the checkpoint remembers, else None.
+    """The arguments and, with --resume, the checkpoint's metadata, else None.
 
-    A flag that is not given is as in the checkpoint, or as defaults() says. A resumed run may not change those of
-    `fixed`; it may change those of `kept`, which a checkpoint remembers, too.
+    A flag that is not given takes its value from the checkpoint, else from defaults(). Checkpoints save the flags of
+    both lists; a resumed run may not change those in `fixed`, but may change those in `kept`.
     """
     given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
     parser.error, parser.formatter_class, saved, known = fail, Help, None, {}
@@ -91,12 +91,12 @@ def parse(parser, model, fixed, kept, defaults):
         known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
     for flag in fixed:
         asked, there = getattr(given, flag.dest), known.get(flag.dest)
-        if None not in (asked, there) and asked != there and flag.dest != "data":  # those are compared by their content
+        if None not in (asked, there) and asked != there and flag.dest != "data":  # data is compared by content
             fail(f"{flag.option_strings[0]} {asked} contradicts {out / 'ckpt.npz'}, which has {there}: leave it out")
     known |= {"data": given.data} if given.data else {}
     parser.set_defaults(out=out, **known)
     parser.set_defaults(**{**defaults(parser.parse_known_args()[0]), **known})
-    parser.add_argument("-h", "--help", action="help", help="show this and end")
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     args = parser.parse_args()
     args.memory = {flag.dest: getattr(args, flag.dest) for flag in fixed + kept}
     if saved:
@@ -105,17 +105,20 @@ def parse(parser, model, fixed, kept, defaults):
 
 
 def claim(args):
-    """Make the folder args.out this run's own until it ends; returns what its first line has to say of that."""
+    """Lock the folder args.out until the run ends; returns a note for the run's first line."""
     if args.rank:
         return ""
     args.out.mkdir(parents=True, exist_ok=True)
     lock, ckpt = args.out / "lock", args.out / "ckpt.npz"
     try:
         if (pid := int(lock.read_text())) != os.getpid():
-            os.kill(pid, 0)  # no signal: it asks whether there is such a process
-            fail(f"{args.out} is in use by process {pid}: wait for its end, or name another --out")
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        lock.unlink(missing_ok=True)  # of a run that was killed
+            os.kill(pid, 0)  # sends no signal, only checks that the process exists
+            fail(f"{args.out} is in use by process {pid}: wait until it ends, or choose another --out")
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # none, or left by a killed run
+    except (OverflowError, ValueError):
+        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+    lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
     atexit.register(lock.unlink, missing_ok=True)
@@ -125,7 +128,7 @@ def claim(args):
 
 
 def record(out, row, first):
-    """Append {figure: number} to OUT/log.jsonl, or begin it anew, and draw what is in it as OUT/curve.png."""
+    """Append {figure: number} to OUT/log.jsonl, or start a new log, and plot the log in OUT/curve.png."""
     log, names = out / "log.jsonl", [name for name in row if "step" not in name]
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
@@ -136,13 +139,13 @@ def record(out, row, first):
     for i, name in enumerate(names):
         x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
-        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
+        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, lowest {y.min():.4g}", (60, 60, 60), font)
         draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
 def digest(*arrays):
-    """A hash of what is learned from: by it a checkpoint knows its data, whatever their file is called."""
+    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -172,27 +175,27 @@ def fetch(file, md5, *urls):
 
 
 class Task:
-    """What train.py asks of a task. To add your own, write a class like those below and name it in TASKS.
+    """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Beside what stands here: batch(step), the arrays of Trainer.step, drawn from (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on data held out, for a log line of a part of them.
+    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
+    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
     """
 
-    config, extra, about = {}, {}, ""  # its part of the model's Config; what a checkpoint must know of it; a line
-    tokens = 0  # of a step, where tokens are counted
+    config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
+    tokens = 0  # per step, where tokens are counted
 
     def trainer(self, net, config):
-        """The Trainer that learns it."""
+        """The Trainer for this task."""
         return net.Trainer(config, seed=self.args.seed, device=self.args.device)
 
     def report(self, trainer):
-        """At the end: more figures, and the names of the files that it wrote to args.out."""
+        """At the end: more figures, and the names of the files written to args.out."""
         return {}, []
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
-IDX = {  # the two homes of each set, and the MD5 sums of its four files
+IDX = {  # two addresses of each dataset, and the MD5 sums of its four files
     "mnist": (
         "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
@@ -208,7 +211,7 @@ IDX = {  # the two homes of each set, and the MD5 sums of its four files
 
 
 def load_idx(name):
-    """A set of IDX: images (N, 28, 28) uint8 and labels (N,) of the training part, then of the test part."""
+    """A dataset of IDX: images (N, 28, 28) uint8 and labels (N,) of the training set, then of the test set."""
     homes, sums, arrays = *map(str.split, IDX[name]), []
     for stem, md5 in zip(("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"), sums):
         path = fetch(f"{name}/{stem}-ubyte.gz", md5, *(f"{home}/{stem}-ubyte.gz" for home in homes))
@@ -222,7 +225,7 @@ def load_idx(name):
 
 
 def make_digits(n, seed):
-    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); each has its own stroke, size, turn, shear and shift."""
+    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, turn, shear and shift are random."""
     rng = np.random.default_rng((seed, 28))
     font, glyphs = ImageFont.load_default(60), {}
     for digit in range(10):
@@ -284,7 +287,7 @@ def read_csv(path):
             f.seek(0)
             table = np.loadtxt(f, delimiter=",", comments=None, skiprows=header, ndmin=2)
     except (OSError, ValueError) as error:
-        fail(f"{path} is no CSV of numbers ({error}): rows of numbers between commas, with no gap")
+        fail(f"{path} can't be read as a CSV ({error}): it needs rows of numbers between commas, with no gap")
     if not (table.size and table.shape[1] <= 10000 and (np.abs(table) < 1e30).all()):
         fail(f"{path} must have rows of at most 10,000 columns, all of them numbers below 1e30 with no gap")
     return table
@@ -293,7 +296,7 @@ def read_csv(path):
 def split(table, path):
     """Rows of features and a target: x (N, n_in), y (N,); then those of every fifth row, which is held out."""
     if table.shape[0] < 10 or table.shape[1] < 2:
-        fail(f"{path} must have 10 rows or more of 2 columns or more: features, and the target as the last")
+        fail(f"{path} must have 10 rows or more and 2 columns or more: features, and the target in the last")
     x, y, held = table[:, :-1], table[:, -1], np.arange(len(table)) % 5 == 4
     return x[~held], y[~held], x[held], y[held]
 
@@ -305,11 +308,11 @@ def spread(a):
 
 
 def scaled(a, mean, deviation):
-    """The columns of a less their mean, in units of their deviation; float32."""
+    """The columns of a minus their mean, divided by their deviation; float32."""
     return np.float32(((a - np.array(mean, a.dtype)) / np.array(deviation, a.dtype)).clip(-1e6, 1e6))
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- plots -----------------------------------------------------------------------------------------------------------
 
 COLOURS = np.array([(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189)] * 2)
 PAPER = (250, 250, 247)
@@ -353,7 +356,7 @@ def draw_fit(trainer, x, y):
 
 
 def draw_answers(trainer, x, y, rows=6, columns=12):
-    """Images x (N, 784) with the answers: first wrong ones in red, beside what is right, then right ones in green."""
+    """Images x (N, 784) with the answers: first wrong ones in red, with the right class, then right ones in green."""
     answers = trainer.predict(x).argmax(1)
     wrong, right = np.flatnonzero(answers != y), np.flatnonzero(answers == y)
     shown = [*wrong[: rows * columns // 2], *right][: rows * columns]
@@ -371,9 +374,9 @@ def draw_answers(trainer, x, y, rows=6, columns=12):
 
 
 class Examples(Task):
-    """What the tasks share: features x (N, n_in) with answers y. Each says of what loss, and has its own picture."""
+    """What the tasks share: features x (N, n_in) and answers y. Each has its own loss and its own plot."""
 
-    batch_size = 256  # rows of a step, where --batch-size does not say
+    batch_size = 256  # rows per step, without --batch-size
 
     def __init__(self, args, saved):
         self.args = args
@@ -382,7 +385,7 @@ class Examples(Task):
             args.batch_size = min(self.batch_size, len(x))
         if args.batch_size > len(x):
             fail(f"--batch-size {args.batch_size} is more than the {len(x)} examples: make it smaller")
-        plain = [[0.0], [1.0]]  # what is drawn here is of the right size
+        plain = [[0.0], [1.0]]  # synthetic data need no scaling
         self.x_scale = (saved or {}).get("x_scale") or (spread(x) if args.data and args.data not in IDX else plain)
         if len(self.x_scale[0]) not in (1, x.shape[1]):
             fail(f"--data {args.data} has {x.shape[1]} features, its checkpoint {len(self.x_scale[0])}")
@@ -393,11 +396,12 @@ class Examples(Task):
         self.extra = dict(digest=digest(self.x, self.y), x_scale=self.x_scale)
         self.rows = read_csv(args.predict) if args.predict else None
         if args.predict and self.rows.shape[1] != x.shape[1]:
-            fail(f"--predict {args.predict} has {self.rows.shape[1]} columns: it takes the {x.shape[1]} features alone")
-        self.about = f"{args.data or args.task}: {len(x):,} to train on, {len(x_val):,} held out"
+            fail(f"--predict {args.predict} has {self.rows.shape[1]} columns: it needs only the {x.shape[1]} features")
+        few = f", each {1 / len(x_val):.0%} of the figures" if len(x_val) < 100 else ""
+        self.about = f"{args.data or args.task}: {len(x):,} to train on, {len(x_val):,} held out{few}"
 
     def load(self):
-        """x and y to train on, then held-out ones: of the user's CSV, or generated."""
+        """x and y to train on, then held-out ones: from the user's CSV, or synthetic."""
         if self.args.data in IDX:
             fail(f"--data {self.args.data} is for --task digits, not {self.args.task}")
         if self.args.data:
@@ -419,14 +423,14 @@ class Examples(Task):
             columns, header = np.stack([*answers.values()], 1), ",".join(answers)
             np.savetxt(self.args.out / file, columns, "%.9g", ",", header=header, comments="")
             files.append(file)
-        if self.x.shape[1] == self.columns:  # a table of more columns has no picture
+        if self.x.shape[1] == self.columns:  # a table with more columns can't be plotted
             self.draw(trainer, self.x_val, self.y_val).save(self.args.out / "sample.png")
             files.append("sample.png")
         return {}, files
 
 
 class Spiral(Examples):
-    """Which class it is, of any number: one of three arms, or the class in the last column of a CSV."""
+    """Classify: which of three arms, or the class in the last column of a CSV."""
 
     loss, columns, top = "cross_entropy", 2, 1000  # top: the highest class number
     make, draw = staticmethod(make_spiral), staticmethod(draw_regions)
@@ -434,16 +438,16 @@ class Spiral(Examples):
     def answers(self, y):
         """Class numbers (N,) int64."""
         if (y % 1).any() or y.min() < 0 or y.max() > self.top:
-            fail(f"{self.args.data}: the last column must hold class numbers, whole ones from 0 to {self.top}")
+            fail(f"{self.args.data}: the last column must hold class numbers, integers from 0 to {self.top}")
         return y.astype(np.int64)
 
     def named(self, p):
-        """The likeliest class and the probability of each, {column: (N,)}, of what the network predicts."""
+        """The most likely class and the probability of each, {column: (N,)}, from the network's output."""
         return {"class": p.argmax(1), **{f"p{k}": p[:, k] for k in range(p.shape[1])}}
 
 
 class Binary(Spiral):
-    """Which of two classes it is, 0 or 1: one of two moons, or the class in the last column of a CSV."""
+    """Classify as 0 or 1: which of two moons, or the class in the last column of a CSV."""
 
     loss, top, make = "binary_cross_entropy", 1, staticmethod(make_moons)
 
@@ -452,23 +456,23 @@ class Binary(Spiral):
         return np.float32(super().answers(y))[:, None]
 
     def named(self, p):
-        """The likelier answer, and the probability of 1."""
+        """The more likely answer, and the probability of 1."""
         return {"class": p[:, 0] > 0.5, "p1": p[:, 0]}
 
 
 class Regression(Examples):
-    """A number: a noisy sine, or the last column of a CSV. It is learned scaled; the figures are in its own units."""
+    """Predict a number: a noisy sine, or the last column of a CSV. Scaled for training; figures are in its units."""
 
     loss, columns = "mse", 1
     make, draw = staticmethod(make_sine), staticmethod(draw_fit)
 
     def __init__(self, args, saved):
-        self.y_scale = saved.get("y_scale", [[0.0], [1.0]]) if saved else None  # old checkpoints learned it as it is
+        self.y_scale = saved.get("y_scale", [[0.0], [1.0]]) if saved else None  # older checkpoints did not scale it
         super().__init__(args, saved)
         self.extra["y_scale"] = self.y_scale
 
     def answers(self, y):
-        """Numbers (N, 1) float32, scaled by those to train on, which come first."""
+        """Numbers (N, 1) float32, all scaled like the training set, which comes first."""
         self.y_scale = self.y_scale or spread(y[:, None])
         return scaled(y[:, None], *self.y_scale)
 
@@ -483,14 +487,14 @@ class Regression(Examples):
 
 
 class Digits(Spiral):
-    """Which of ten digits, or of ten pieces of clothing, an image shows."""
+    """Classify images: ten digits, or ten kinds of clothing."""
 
     columns, top, batch_size, draw = 784, 9, 128, staticmethod(draw_answers)
 
     def load(self):
         data, seed = self.args.data, self.args.seed
         if data and data not in IDX:
-            fail(f"--data of digits is mnist or fashion, not {data}: a CSV is for --task spiral, binary or regression")
+            fail(f"--task digits takes mnist or fashion, not {data}: a CSV is for --task spiral, binary or regression")
         arrays = load_idx(data) if data else (*make_digits(20000, seed), *make_digits(2000, seed + 1))
         x, y, x_val, y_val = arrays
         if not (x.ndim == x_val.ndim == 3 and 0 < len(x) == len(y) and 0 < len(x_val) == len(y_val)):

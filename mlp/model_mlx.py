@@ -1,4 +1,4 @@
-"""Multilayer perceptron in MLX, with back-propagation and the optimizers also by hand.
+"""Multilayer perceptron in MLX, with backpropagation and the optimizers also written by hand.
 
     x (B, n_in) -> [Linear -> activation] per hidden layer -> Linear -> z_L (B, n_out) -> loss
 
@@ -22,7 +22,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # full float32 on CUDA and Apple M5 too; read on import
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -84,7 +84,7 @@ def loss_and_delta(z, y, loss):
     """The mean loss, and delta_L = dloss/dz (B, n_out), from the last layer's z (B, n_out)."""
     B, n_out = z.shape
     if loss == "cross_entropy":
-        # -log softmax(z)[y] = log(sum e^z) - z[y]; the largest z is taken out first, so that no e^z overflows
+        # -log softmax(z)[y] = log(sum e^z) - z[y]; the largest z is subtracted first, so that no e^z overflows
         z = z - z.max(1, keepdims=True)
         log_p = z - mx.log(mx.exp(z).sum(1, keepdims=True))
         onehot = mx.eye(n_out)[y]
@@ -97,10 +97,10 @@ def loss_and_delta(z, y, loss):
 
 
 def loss_and_grads_by_hand(model, x, y):
-    """The loss, and its gradient for every parameter: {name: array}. No autograd has a part in it."""
+    """The loss, and its gradient for every parameter: {name: array}. No autograd is involved."""
     W, b = [layer.weight for layer in model.layers], [layer.bias for layer in model.layers]
     L = len(W)
-    # forward: a[k] is the input of layer k + 1, slope[k] is f'(z) there; the way back needs both
+    # forward: a[k] is the input of layer k + 1, slope[k] is f'(z) there; the backward pass needs both
     a, slope = [x], [None]
     for k in range(L - 1):
         f, df = activate(a[k] @ W[k].T + b[k], model.config.activation)
@@ -148,7 +148,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Put {name: numpy array} in place of the model's parameters."""
+    """Replace the model's parameters by {name: numpy array}."""
     params = dict(tree_flatten(model.parameters()))
     for name, p in params.items():
         if weights[name].shape != p.shape:
@@ -192,13 +192,13 @@ class Trainer:
         self.optimizer.init(self.model.trainable_parameters())
 
     def arrays(self, x, y):
-        """Numpy to the framework. Labels are checked first: MLX would read past the end of an array without a word."""
+        """Numpy to the framework. Labels are checked first: MLX would silently read past the end of an array."""
         if self.config.loss == "cross_entropy" and not 0 <= y.min() <= y.max() < self.config.n_out:
             raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
         return mx.array(x), mx.array(y)
 
     def step(self, x, y, lr):
-        """One update on x (B, n_in) float32 and y as the loss wants it; returns {"loss"}, the one before the update."""
+        """One update on x (B, n_in) float32 and y as the loss needs it; returns {"loss"} before the update."""
         x, y = self.arrays(x, y)
         self.t += 1
         if self.config.grad == "by-hand":
@@ -207,7 +207,7 @@ class Trainer:
         loss_and_grads = nn.value_and_grad(self.model, lambda x, y: loss_fn(self.model(x), y, self.config.loss))
         loss, grads = loss_and_grads(x, y)
         self.optimizer.update(self.model, grads)
-        mx.eval(loss, self.model.parameters(), self.optimizer.state)  # MLX is lazy: here the step is computed
+        mx.eval(loss, self.model.parameters(), self.optimizer.state)  # MLX is lazy: the step is computed here
         return {"loss": loss}
 
     def step_by_hand(self, x, y, lr):
@@ -244,7 +244,7 @@ class Trainer:
         return np.array(z)
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
         arrays, state = get_weights(self.model), dict(tree_flatten(self.optimizer.state))
         for name in list(arrays):
             for letter, key in zip("mv", self.moments):
@@ -255,13 +255,13 @@ class Trainer:
         os.replace(f"{path}.part", path)
 
     def load(self, path):
-        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        """Load what save wrote, in either framework; returns the step to continue from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         for name, w in get_weights(self.model).items():
             for key in (name, *(f"{letter}.{name}" for letter, _ in zip("mv", self.moments))):
                 if key not in arrays or arrays[key].shape != w.shape:
-                    raise ValueError(f"{key} is missing or has another shape than {w.shape}")
+                    raise ValueError(f"{key} is missing or does not have the shape {w.shape}")
         set_weights(self.model, arrays)
         self.t = meta["step"]
         state = dict(tree_flatten(self.optimizer.state)) | {"step": mx.array(self.t, mx.uint64)}

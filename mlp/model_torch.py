@@ -1,4 +1,4 @@
-"""Multilayer perceptron in PyTorch, with back-propagation and the optimizers also by hand.
+"""Multilayer perceptron in PyTorch, with backpropagation and the optimizers also written by hand.
 
     x (B, n_in) -> [Linear -> activation] per hidden layer -> Linear -> z_L (B, n_out) -> loss
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+torch.backends.cudnn.allow_tf32 = False  # full float32, for convolutions on CUDA too
 
 
 @dataclass
@@ -83,7 +83,7 @@ def loss_and_delta(z, y, loss):
     """The mean loss, and delta_L = dloss/dz (B, n_out), from the last layer's z (B, n_out)."""
     B, n_out = z.shape
     if loss == "cross_entropy":
-        # -log softmax(z)[y] = log(sum e^z) - z[y]; the largest z is taken out first, so that no e^z overflows
+        # -log softmax(z)[y] = log(sum e^z) - z[y]; the largest z is subtracted first, so that no e^z overflows
         z = z - z.amax(1, keepdim=True)
         log_p = z - torch.log(torch.exp(z).sum(1, keepdim=True))
         onehot = torch.eye(n_out, device=z.device)[y]
@@ -96,10 +96,10 @@ def loss_and_delta(z, y, loss):
 
 
 def loss_and_grads_by_hand(model, x, y):
-    """The loss, and its gradient for every parameter: {name: array}. No autograd has a part in it."""
+    """The loss, and its gradient for every parameter: {name: array}. No autograd is involved."""
     W, b = [layer.weight.detach() for layer in model.layers], [layer.bias.detach() for layer in model.layers]
     L = len(W)
-    # forward: a[k] is the input of layer k + 1, slope[k] is f'(z) there; the way back needs both
+    # forward: a[k] is the input of layer k + 1, slope[k] is f'(z) there; the backward pass needs both
     a, slope = [x], [None]
     for k in range(L - 1):
         f, df = activate(a[k] @ W[k].T + b[k], model.config.activation)
@@ -147,7 +147,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Put {name: numpy array} in place of the model's parameters."""
+    """Replace the model's parameters by {name: numpy array}."""
     for name, p in model.named_parameters():
         if weights[name].shape != tuple(p.shape):
             raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
@@ -192,13 +192,13 @@ class Trainer:
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
 
     def arrays(self, x, y):
-        """Numpy to the framework. Labels are checked first: MLX would read past the end of an array without a word."""
+        """Numpy to the framework. Labels are checked first: MLX would silently read past the end of an array."""
         if self.config.loss == "cross_entropy" and not 0 <= y.min() <= y.max() < self.config.n_out:
             raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
         return torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
 
     def step(self, x, y, lr):
-        """One update on x (B, n_in) float32 and y as the loss wants it; returns {"loss"}, the one before the update."""
+        """One update on x (B, n_in) float32 and y as the loss needs it; returns {"loss"} before the update."""
         x, y = self.arrays(x, y)
         self.t += 1
         if self.config.grad == "by-hand":
@@ -244,7 +244,7 @@ class Trainer:
         return z.cpu().numpy()
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py wants to remember, to one .npz: all of it or nothing."""
+        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
         arrays = get_weights(self.model)
         for name, p in self.model.named_parameters():
             for letter, key in zip("mv", self.moments):
@@ -255,13 +255,13 @@ class Trainer:
         os.replace(f"{path}.part", path)
 
     def load(self, path):
-        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        """Load what save wrote, in either framework; returns the step to continue from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         for name, w in get_weights(self.model).items():
             for key in (name, *(f"{letter}.{name}" for letter, _ in zip("mv", self.moments))):
                 if key not in arrays or arrays[key].shape != w.shape:
-                    raise ValueError(f"{key} is missing or has another shape than {w.shape}")
+                    raise ValueError(f"{key} is missing or does not have the shape {w.shape}")
         set_weights(self.model, arrays)
         self.t = meta["step"]
         for name, p in self.model.named_parameters():

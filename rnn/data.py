@@ -1,6 +1,6 @@
-"""What there is to learn: characters of a text, forecasts of many variables, spoken words, sound, a far memory.
+"""The tasks: generate text, forecast many variables, recognise and synthesise spoken words, recall a distant number.
 
-One class a task, all in numpy. A new task is one more class, named in TASKS at the end.
+One class per task, all in numpy. To add a task, write one more class and add it to TASKS at the end.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from urllib.request import urlopen
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-RATE = 8000  # samples of sound in a second
+RATE = 8000  # audio samples per second
 
 # ---- what every folder has, the same to the letter -------------------------------------------------------------------
 
 
 def fail(message):
-    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
+    """End the run on bad input: one line that says what is wrong and how to fix it, exit code 2."""
     print("train.py:", " ".join(str(message).split())[:1000], file=sys.stderr)
     raise SystemExit(2)
 
@@ -65,7 +65,7 @@ def read_meta(path, model):
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
                 raise ValueError("a part is damaged or compressed")
             meta = json.loads(str(f["meta"]))
-        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        most = max(1 << 20, path.stat().st_size)  # no dimension of a model exceeds its file's size in bytes
         for name, value in meta["config"].items():
             if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
                 raise ValueError(f"its {name} is {value}")
@@ -78,14 +78,14 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} is no checkpoint to go on from ({reason}): train anew without --resume, or name another --out")
+    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
-    """The arguments; and with --resume what the checkpoint remembers, else None.
+    """The arguments and, with --resume, the checkpoint's metadata, else None.
 
-    A flag that is not given is as in the checkpoint, or as defaults() says. A resumed run may not change those of
-    `fixed`; it may change those of `kept`, which a checkpoint remembers, too.
+    A flag that is not given takes its value from the checkpoint, else from defaults(). Checkpoints save the flags of
+    both lists; a resumed run may not change those in `fixed`, but may change those in `kept`.
     """
     given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
     parser.error, parser.formatter_class, saved, known = fail, Help, None, {}
@@ -97,12 +97,12 @@ def parse(parser, model, fixed, kept, defaults):
         known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
     for flag in fixed:
         asked, there = getattr(given, flag.dest), known.get(flag.dest)
-        if None not in (asked, there) and asked != there and flag.dest != "data":  # those are compared by their content
+        if None not in (asked, there) and asked != there and flag.dest != "data":  # data is compared by content
             fail(f"{flag.option_strings[0]} {asked} contradicts {out / 'ckpt.npz'}, which has {there}: leave it out")
     known |= {"data": given.data} if given.data else {}
     parser.set_defaults(out=out, **known)
     parser.set_defaults(**{**defaults(parser.parse_known_args()[0]), **known})
-    parser.add_argument("-h", "--help", action="help", help="show this and end")
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     args = parser.parse_args()
     args.memory = {flag.dest: getattr(args, flag.dest) for flag in fixed + kept}
     if saved:
@@ -111,17 +111,20 @@ def parse(parser, model, fixed, kept, defaults):
 
 
 def claim(args):
-    """Make the folder args.out this run's own until it ends; returns what its first line has to say of that."""
+    """Lock the folder args.out until the run ends; returns a note for the run's first line."""
     if args.rank:
         return ""
     args.out.mkdir(parents=True, exist_ok=True)
     lock, ckpt = args.out / "lock", args.out / "ckpt.npz"
     try:
         if (pid := int(lock.read_text())) != os.getpid():
-            os.kill(pid, 0)  # no signal: it asks whether there is such a process
-            fail(f"{args.out} is in use by process {pid}: wait for its end, or name another --out")
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        lock.unlink(missing_ok=True)  # of a run that was killed
+            os.kill(pid, 0)  # sends no signal, only checks that the process exists
+            fail(f"{args.out} is in use by process {pid}: wait until it ends, or choose another --out")
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # none, or left by a killed run
+    except (OverflowError, ValueError):
+        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+    lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
     atexit.register(lock.unlink, missing_ok=True)
@@ -131,7 +134,7 @@ def claim(args):
 
 
 def record(out, row, first):
-    """Append {figure: number} to OUT/log.jsonl, or begin it anew, and draw what is in it as OUT/curve.png."""
+    """Append {figure: number} to OUT/log.jsonl, or start a new log, and plot the log in OUT/curve.png."""
     log, names = out / "log.jsonl", [name for name in row if "step" not in name]
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
@@ -142,13 +145,13 @@ def record(out, row, first):
     for i, name in enumerate(names):
         x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
-        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
+        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, lowest {y.min():.4g}", (60, 60, 60), font)
         draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
 def digest(*arrays):
-    """A hash of what is learned from: by it a checkpoint knows its data, whatever their file is called."""
+    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -178,21 +181,21 @@ def fetch(file, md5, *urls):
 
 
 class Task:
-    """What train.py asks of a task. To add your own, write a class like those below and name it in TASKS.
+    """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Beside what stands here: batch(step), the arrays of Trainer.step, drawn from (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on data held out, for a log line of a part of them.
+    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
+    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
     """
 
-    config, extra, about = {}, {}, ""  # its part of the model's Config; what a checkpoint must know of it; a line
-    tokens = 0  # of a step, where tokens are counted
+    config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
+    tokens = 0  # per step, where tokens are counted
 
     def trainer(self, net, config):
-        """The Trainer that learns it."""
+        """The Trainer for this task."""
         return net.Trainer(config, seed=self.args.seed, device=self.args.device)
 
     def report(self, trainer):
-        """At the end: more figures, and the names of the files that it wrote to args.out."""
+        """At the end: more figures, and the names of the files written to args.out."""
         return {}, []
 
 
@@ -200,7 +203,7 @@ class Task:
 
 
 def load_text(name):
-    """The text of a public set, of a file, or, for no name, of Python's manual: no rulers, and each paragraph once."""
+    """A public dataset, a text file or, without a name, Python's manual: without rulers, each paragraph once."""
     if not name:
         lines = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())).split("\n")
         paragraphs = "\n".join(line for line in lines if not line or set(line) - set("*=-~^")).split("\n\n")
@@ -212,13 +215,13 @@ def load_text(name):
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"{name} is no text that can be read ({error}): name a file in UTF-8, or tinyshakespeare")
+        fail(f"{name} can't be read as text ({error}): name a file in UTF-8, or tinyshakespeare")
     if not text or "\0" in text:
         fail(f"{name} is empty or binary: name a text file in UTF-8, or tinyshakespeare")
     return text
 
 
-class Characters:
+class Letters:
     """A character is a token; its number is its place in the alphabet."""
 
     def __init__(self, alphabet):
@@ -229,21 +232,21 @@ class Characters:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         if unknown := set(codes[self.codes[ids] != codes].tolist()):
-            fail(f"the model's alphabet lacks {', '.join(repr(chr(c)) for c in sorted(unknown)[:5])}: leave it out")
+            fail(f"the model's alphabet lacks {', '.join(repr(chr(c)) for c in sorted(unknown)[:5])}: leave them out")
         return ids.astype(np.int64)
 
     def decode(self, token):
-        return self.alphabet[token].encode()
+        return self.alphabet[token]
 
 
 class Text(Task):
-    """Characters, each predicted from all before it. Rows of a batch are streams that go on from step to step."""
+    """Characters, each predicted from all before it. Rows of a batch are streams that continue from step to step."""
 
     def __init__(self, args, saved):
         text, self.args, T = load_text(args.data), args, args.length
         train, val = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]  # the last tenth is held out
         alphabet = saved["alphabet"] if saved else "".join(sorted(set(train)))
-        self.tokenizer = Characters(alphabet)
+        self.tokenizer = Letters(alphabet)
         self.train = self.tokenizer.encode(train)
         self.val = self.tokenizer.encode("".join(c for c in val if c in alphabet))
         if len(self.train) // args.batch_size <= T or len(self.val) <= T:
@@ -252,12 +255,12 @@ class Text(Task):
         if args.prompt is None:
             args.prompt = "The " if set("The ") <= set(alphabet) else alphabet[0]
         if not args.prompt:
-            fail("--prompt must have a character or more")
+            fail("--prompt must not be empty")
         self.prompt = self.tokenizer.encode(args.prompt)[None]
         self.config = dict(vocab_size=len(alphabet), n_out=len(alphabet))
         self.extra = dict(alphabet=alphabet, digest=digest(self.train))
         n = len(self.train), len(self.val)
-        self.about = f"{args.data or 'manual of Python'}: {n[0]:,} characters to train on, {n[1]:,} held out"
+        self.about = f"{args.data or 'Python manual'}: {n[0]:,} characters to train on, {n[1]:,} held out"
 
     def batch(self, step):
         B, T = self.args.batch_size, self.args.length
@@ -278,7 +281,7 @@ class Text(Task):
         args, text, began = self.args, [self.args.prompt], time.perf_counter()
         print(f"\n{args.prompt}", end="", flush=True)
         for token in trainer.generate(self.prompt, args.tokens, args.temperature, args.seed):
-            text.append(self.tokenizer.decode(int(token[0])).decode())
+            text.append(self.tokenizer.decode(int(token[0])))
             print(text[-1], end="", flush=True)
         print("\n")
         (args.out / "sample.txt").write_text("".join(text), encoding="utf-8")
@@ -289,11 +292,11 @@ class Text(Task):
 
 
 def make_weather(seed):
-    """Generated hourly weather of two years: the names of the variables, and (N, 5).
+    """Synthetic hourly weather of two years: the names of the variables, and (N, 5).
 
     The year and the day are cosines. Fronts come every few days: pressure falls for about a day before one and rises
     faster after it; clouds, wind and moisture gather before it, and it leaves colder air behind, which warms slowly.
-    Clouds halve the daily cycle. What is left is noise with a memory of some hours.
+    Clouds halve the daily cycle. The rest is noise that is correlated over some hours.
     """
     rng, N = np.random.default_rng((seed, 5)), 730 * 24
     hour = np.arange(N)
@@ -321,94 +324,129 @@ def make_weather(seed):
 
 
 GAPS = {"", "na", "nan", "n/a", "null", "none", "?", "-"}
+CYCLES = {"year": 10000, "month": 12, "day": 31, "weekday": 7, "hour": 24, "minute": 60}  # columns of the calendar
+
+
+def read_column(cells):
+    """Parse a column: (N,) numbers and False, or days since 1970 and True if the cells are dates.
+
+    Dates look like 2024-03-31, 2024/03/31 or 2024-03-31T18:00Z. A gap becomes NaN; other text raises a ValueError.
+    """
+    cells = [cell.strip() for cell in cells]
+    try:
+        return np.array([math.nan if cell.lower() in GAPS else float(cell) for cell in cells]), False
+    except ValueError:
+        dates = np.array([cell.replace("/", "-").rstrip("Z") for cell in cells], "datetime64[s]")
+        return np.where(np.isnat(dates), math.nan, dates.astype(np.float64) / 86400), True
 
 
 def read_table(path):
-    """The numeric columns of a CSV, between commas, semicolons or tabs: names, (N, V). Others are named and left out.
+    """Read a CSV with commas, semicolons or tabs: the names of V variables, and (N, V + C).
 
-    Whether a column has anything to learn is judged by the first four fifths, which are trained on. A gap is filled
-    with the value before it, one at the beginning with the first value of that part.
+    The last C columns are the calendar: dates, and columns with a name in CYCLES, as sines and cosines of their cycles.
+    Whether a column varies at all is judged by the first four fifths, which are trained on. A gap is filled with the
+    value before it, one at the beginning with the first value of that part.
     """
-
-    def number(cell):
-        return math.nan if cell.strip().lower() in GAPS else float(cell)
-
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             first = f.readline()
             f.seek(0)
             rows = [row for row in csv.reader(f, delimiter=max(",;\t", key=first.count)) if row]
     except (OSError, ValueError, csv.Error) as error:
-        fail(f"{path} is no CSV that can be read ({error}): name one in UTF-8, with a header")
+        fail(f"{path} can't be read as a CSV ({error}): name one in UTF-8, with a header")
     try:
-        header = [f"v{i}" for i, cell in enumerate(rows[0]) if [number(cell)]]
+        header = [f"v{i}" for i, cell in enumerate(rows[0]) if read_column([cell])]
         print(f"{path} has no header: the columns are called {', '.join(header[:3])} ...")
     except (IndexError, ValueError):  # an empty file, or words in the first line
         header, rows = rows[:1] and rows[0], rows[1:]
     if len(rows) < 5:
         fail(f"{path} has {len(rows)} lines of values: 5 or more are needed")
-    names, columns, left_out, gaps, cut = [], [], [], 0, len(rows) * 4 // 5
+    names, columns, calendar, waves, left_out, gaps, cut = [], [], [], [], [], 0, len(rows) * 4 // 5
     for i, name in enumerate(header):
         try:
-            column = np.array([number(row[i]) if i < len(row) else math.nan for row in rows])
+            column, is_date = read_column([row[i] if i < len(row) else "" for row in rows])
         except ValueError:
-            column = np.full(len(rows), math.nan)
-        there = np.abs(column) < 1e30  # what is larger is no measurement
+            column, is_date = np.full(len(rows), math.nan), False
+        there = np.abs(column) < 1e30  # larger values are not measurements
         known = column[:cut][there[:cut]]
-        if not len(known) or np.ptp(known) == 0:  # no numbers, or one number throughout
+        if not len(known) or np.ptp(known) == 0:  # no numbers, or a constant
             left_out.append(name)
             continue
         gaps += (~there).sum()
-        last = np.maximum.accumulate(np.where(there, np.arange(len(column)), there.argmax()))
-        names.append(name)
-        columns.append(column[last])
+        column = column[np.maximum.accumulate(np.where(there, np.arange(len(column)), there.argmax()))]
+        cycle = CYCLES.get(name.strip().lower(), 0)
+        if is_date or 0 <= known.min() <= known.max() <= cycle:
+            angles = [2 * np.pi * column / n for n in ((365.2425, 7, 1) if is_date else (cycle,))]  # year, week, day
+            calendar.append(name)
+            waves += [f(angle) for angle in angles for f in (np.sin, np.cos)]
+        else:
+            names.append(name)
+            columns.append(column)
     if not names:
-        fail(f"{path} has no column of numbers: a header, then a line for each time")
-    print(f"{path}: {', '.join(names)}; left out: {', '.join(left_out) or 'none'}; gaps filled forward: {gaps}")
-    return names, np.stack(columns, 1)
+        fail(f"{path} has no column of numbers: it needs a header, then a line for each time")
+    print(f"{path}: {', '.join(names)}; calendar: {', '.join(calendar) or 'none'}; "
+          f"left out: {', '.join(left_out) or 'none'}; gaps filled forward: {gaps}")  # fmt: skip
+    return names, np.stack(columns + waves, 1)
 
 
 class Series(Task):
-    """The next `horizon` values of all variables from the last `window`. Split by time: the last fifth is held out."""
+    """Forecast the next `horizon` values of all variables from the last `window`. The last fifth is held out."""
+
+    noise = 0.5  # added to the inputs in training, whose standard deviation is 1, so that no window is memorised
 
     def __init__(self, args, saved):
         names, table = read_table(args.data) if args.data else make_weather(args.seed)
-        self.args, self.names, W, H = args, names, args.window, args.horizon
+        self.args, self.names, V, W, H = args, names, len(names), args.window, args.horizon
         self.cut, need = len(table) * 4 // 5, 5 * (W + 2 * H)
         if len(table) < need:
             fail(f"{len(table)} lines are too few for --window {W} and --horizon {H}: {need} are needed")
-        train = table[: self.cut]
-        self.mean, self.std = train.mean(0), train.std(0) + 1e-8
+        self.mean, self.std = table[: self.cut].mean(0), table[: self.cut].std(0) + 1e-8
+        self.mean[V:], self.std[V:] = 0, 1  # the calendar stays as it is
         self.table = ((table - self.mean) / self.std).astype(np.float32)
-        # the seasonal forecast repeats what was one season ago: the lag that errs least in the training part
+        # the seasonal forecast repeats what was one season ago: the lag with the least error in the training part
         past = self.table[: self.cut]
         lags = range(H, max(H, min(400, self.cut // 2)) + 1)
-        self.season = min(lags, key=lambda lag: np.square(past[lag:] - past[:-lag]).mean())
-        self.starts = np.arange(self.cut, len(table) - H + 1)  # of what is to be forecast
-        # the linear forecast: ridge regression on the last times of the window, (back V + 1, horizon V)
-        self.back = max(1, min(W, 512 // len(names)))
-        some = np.linspace(W, self.cut - H, min(self.cut - H - W + 1, 10_000)).astype(int)
-        x, y = self.recent(some), self.table[some[:, None] + np.arange(H)].reshape(len(some), -1)
-        self.weights = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ y)
-        self.config = dict(n_in=len(names), n_out=H * len(names), read="last", loss="mse")
+        self.season = min(lags, key=lambda lag: np.square(past[lag:, :V] - past[:-lag, :V]).mean())
+        self.starts = np.arange(self.cut, len(table) - H + 1)  # of the forecasts
+        # two ridge regressions, (back V + C + 1, horizon V): one that the network improves on, one to compare it with
+        some, self.weights = np.linspace(W, self.cut - H, min(self.cut - H - W + 1, 10_000)).astype(int), {}
+        for back in (1, min(W, 24)):
+            x, y = self.recent(some, back), self.truth(some)
+            self.weights[back] = np.linalg.solve(x.T @ x + 100 * np.eye(x.shape[1]), x.T @ y)
+        self.config = dict(n_in=V + table.shape[1], n_out=H * V, read="last", loss="mse")
         self.extra = dict(digest=digest(past))
         n = self.cut, len(table) - self.cut
-        self.about = f"{args.data or 'generated weather'}: {n[0]:,} times to train on, {n[1]:,} held out"
+        self.about = f"{args.data or 'synthetic weather'}: {n[0]:,} times to train on, {n[1]:,} held out"
+
+    def truth(self, at):
+        """The values from the times `at` on: (B, horizon V)."""
+        return self.table[at[:, None] + np.arange(self.args.horizon), : len(self.names)].reshape(len(at), -1)
+
+    def recent(self, at, back):
+        """The last `back` values of each variable before `at`, the calendar and a one: (B, back V + C + 1)."""
+        V = len(self.names)
+        x = self.table[at[:, None] + np.arange(-back, 0), :V].reshape(len(at), -1)
+        return np.concatenate([x, self.table[at - 1, V:], np.ones((len(at), 1))], 1)
+
+    def linear(self, at, back):
+        """The forecast of the regression on the last `back` values: (B, horizon V)."""
+        return self.recent(at, back) @ self.weights[back]
 
     def windows(self, at):
-        """What was known at the times `at`, (B, window, V), and what came, (B, horizon V)."""
-        x = self.table[at[:, None] + np.arange(-self.args.window, 0)]
-        return x, self.table[at[:, None] + np.arange(self.args.horizon)].reshape(len(at), -1)
+        """Inputs (B, window, 2 V + C) and targets (B, horizon V) of the forecasts made at the times `at`.
 
-    def recent(self, at):
-        """What the linear forecast is made from at the times `at`, with a one beside it: (B, back V + 1)."""
-        x = self.table[at[:, None] + np.arange(-self.back, 0)].reshape(len(at), -1)
-        return np.concatenate([x, np.ones((len(x), 1))], 1)
+        The inputs are the variables minus their last values, which says the same at any level, and the values with the
+        calendar. The targets are what the regression on the last values alone leaves unexplained.
+        """
+        x, V = self.table[at[:, None] + np.arange(-self.args.window, 0)], len(self.names)
+        y = self.truth(at) - self.linear(at, 1)
+        return np.concatenate([x[..., :V] - x[:, -1:, :V], x], -1), y.astype(np.float32)
 
     def batch(self, step):
         last = self.cut - self.args.horizon + 1
         rng = np.random.default_rng((self.args.seed, step, 1))
-        return self.windows(rng.integers(self.args.window, last, self.args.batch_size))
+        x, y = self.windows(rng.integers(self.args.window, last, self.args.batch_size))
+        return x + rng.normal(0, self.noise, x.shape).astype(np.float32), y
 
     def evaluate(self, trainer, whole=False):
         starts = self.starts if whole else self.starts[:: math.ceil(len(self.starts) / 256)]
@@ -418,15 +456,17 @@ class Series(Task):
         return {"val_loss": total / len(starts)}
 
     def forecasts(self, trainer):
-        """{"network", "persistence", "seasonal", "linear"}: (N, horizon, V), and the truth, in the table's units."""
+        """{"combined", "network", ...}: (N, horizon, V), and the truth, in the table's units.
+
+        Combined is the mean of the network's and the linear forecast, mostly better than both (Bates & Granger 1969).
+        """
         H, V, at = self.args.horizon, len(self.names), self.starts
         parts = np.array_split(at, math.ceil(len(at) / 256))
-        ours = np.concatenate([trainer.predict(self.windows(part)[0]) for part in parts]).reshape(-1, H, V)
-        linear = np.concatenate([self.recent(part) @ self.weights for part in parts])
-        ahead = at[:, None] + np.arange(H)
-        answers = {"network": ours, "persistence": self.table[at - 1][:, None].repeat(H, 1)}
-        answers |= {"seasonal": self.table[ahead - self.season], "linear": linear.reshape(-1, H, V)}
-        return answers, self.table[ahead]
+        ours = np.concatenate([trainer.predict(self.windows(part)[0]) + self.linear(part, 1) for part in parts])
+        linear = np.concatenate([self.linear(part, min(self.args.window, 24)) for part in parts])
+        answers = {"combined": (ours + linear) / 2, "network": ours, "linear": linear}
+        answers |= {"persistence": np.tile(self.table[at - 1, :V], H), "seasonal": self.truth(at - self.season)}
+        return {name: y.reshape(-1, H, V) for name, y in answers.items()}, self.truth(at).reshape(-1, H, V)
 
     def report(self, trainer):
         answers, truth = self.forecasts(trainer)
@@ -441,14 +481,14 @@ class Series(Task):
         n = min(len(truth) // H, max(1, 240 // H))  # forecasts, end to end
         for v, name in enumerate(self.names[:5]):
             lines = []
-            for kind, colour in (("seasonal", SKY), ("network", RED), ("truth", BLACK)):
+            for kind, colour in (("seasonal", SKY), ("combined", RED), ("truth", BLACK)):
                 y = answers[kind][: n * H : H, :, v].ravel() * self.std[v] + self.mean[v]
                 lines.append((np.arange(n * H), y, colour, kind))
             panels.append((f"{name}, {H} steps ahead", lines, False))
         plot(panels, 150 if len(panels) > 3 else 240).save(self.args.out / "sample.png", optimize=True)
         best = min(mean["persistence"], mean["seasonal"], mean["linear"])
-        skill = 1 - mean["network"] / best if best else math.nan  # nothing is better than a season that recurs exactly
-        return {"error": mean["network"], "linear": mean["linear"], "skill": skill}, ["sample.png"]
+        skill = 1 - mean["combined"] / best if best else math.nan  # nothing is better if the season repeats exactly
+        return {"error": mean["combined"], "linear": mean["linear"], "skill": skill}, ["sample.png"]
 
 
 # ---- speech ----------------------------------------------------------------------------------------------------------
@@ -478,7 +518,7 @@ def make_utterance(word, pitch, tract, pace, rng):
     ends = np.cumsum(phones[:, 6] * pace * rng.uniform(0.8, 1.25, len(phones))) / 1000 * RATE
     middles = (ends + np.concatenate([[0], ends[:-1]])) / 2
     t = np.arange(int(ends[-1]))
-    F1, F2, F3, voice, hiss, centre, _ = (np.interp(t[::40], middles, column) for column in phones.T)  # each 5 ms
+    F1, F2, F3, voice, hiss, centre, _ = (np.interp(t[::40], middles, column) for column in phones.T)  # every 5 ms
     formants = np.stack([F1, F2, F3]) * tract * rng.uniform(0.96, 1.04, (3, 1))
     rise = np.minimum(1, np.minimum(t, t[::-1]) / 200)  # no click at either end
     f0 = pitch * (1.12 - 0.25 * t / len(t) + 0.02 * np.sin(2 * np.pi * (5 * t / RATE + rng.random())))
@@ -488,7 +528,7 @@ def make_utterance(word, pitch, tract, pace, rng):
     loud = np.stack([np.interp(t, t[::40], row) for row in loud])
     sound = (loud * np.sin(k * 2 * np.pi * np.cumsum(f0) / RATE)).sum(0)
     noise, shape = rng.normal(size=len(t)), np.zeros(len(t))
-    for low in range(0, len(t), 200):  # 25 ms of noise at a time, through a bell around its centre
+    for low in range(0, len(t), 200):  # 25 ms of noise at a time, filtered by a bell around its centre
         S, mid = np.fft.rfft(noise[low : low + 200]), min((low + 100) // 40, len(centre) - 1)
         bell = np.exp(-(((np.fft.rfftfreq(len(noise[low : low + 200]), 1 / RATE) - centre[mid]) / 900) ** 2))
         shape[low : low + 200] = np.fft.irfft(S * bell, len(noise[low : low + 200]))
@@ -497,7 +537,7 @@ def make_utterance(word, pitch, tract, pace, rng):
 
 
 def make_speech(seed, speakers=8, takes=6):
-    """Digit-like utterances of synthetic voices: sounds, labels "0" ... "9", speakers."""
+    """Digits spoken by synthetic voices: sounds, labels "0" ... "9", speakers."""
     rng, sounds = np.random.default_rng((seed, 8)), []
     for _ in range(speakers):
         pitch, tract, pace = rng.uniform(90, 230), rng.uniform(0.9, 1.18), rng.uniform(0.85, 1.2)
@@ -510,7 +550,7 @@ def make_speech(seed, speakers=8, takes=6):
 def read_wav(path):
     """A WAV file of 8 or 16 bits as (N,) in [-1, 1] at RATE: the mean of its channels, resampled linearly.
 
-    What lies above half the new rate is cut from the spectrum first: it would come back as a lower tone.
+    Frequencies above half the new rate are removed first, as they would alias to lower ones.
     """
     try:
         with wave.open(str(path)) as f:
@@ -525,7 +565,7 @@ def read_wav(path):
             x = np.fft.irfft(spectrum, len(x))
         return np.interp(np.arange(0, len(x) - 1, rate / RATE), np.arange(len(x)), x)
     except (OSError, EOFError, wave.Error, KeyError, ValueError) as error:
-        fail(f"{path} is no WAV file of 8 or 16 bits that can be read ({error}): take it out of the folder")
+        fail(f"{path} is no WAV file of 8 or 16 bits that can be read ({error}): remove it from the folder")
 
 
 def read_speech(folder):
@@ -568,45 +608,66 @@ def log_mel(x, n_mel, size=160, hop=128):
 
 
 def stretch(frames, n):
-    """n frames in place of those there are: at even distances, some left out or some repeated."""
+    """Resample to n frames at even distances: some are left out, or some repeated."""
     return frames[np.arange(n) * len(frames) // n]
 
 
-def load_speech(args):
-    """Sounds with a peak of 1; labels as numbers; their names; speakers as numbers, -1 for the one who is held out."""
+def load_speech(args, drawn=0):
+    """Sounds with a peak of 1; labels as numbers; their names; speakers as numbers, -1 for the one who is held out.
+
+    If the recordings are of digits, that many `drawn` voices are added to them.
+    """
     sounds, labels, speakers = read_speech(args.data) if args.data else make_speech(args.seed)
     args.held_out = args.held_out or max(speakers)
     if args.held_out not in speakers:
         fail(f"--held-out {args.held_out}: the speakers are {', '.join(sorted(set(speakers)))}")
+    names = sorted(set(labels))
+    if args.data and drawn and set(names) & set("0123456789"):
+        for sound, label, speaker in zip(*make_speech(args.seed, drawn, takes=2)):
+            if label in names:
+                sounds.append(sound)
+                labels.append(label)
+                speakers.append(f"drawn {speaker}")
     sounds = [sound / np.abs(sound).max(initial=1e-6) for sound in sounds]
-    names, known = sorted(set(labels)), sorted(set(speakers) - {args.held_out})
+    known = sorted(set(speakers) - {args.held_out})
     who = np.array([known.index(speaker) if speaker in known else -1 for speaker in speakers])
     return sounds, np.array([names.index(label) for label in labels]), names, who
 
 
 class Speech(Task):
-    """Which word is spoken: log-mel frames, one answer after the last. One speaker is held out."""
+    """Which word is spoken: log-mel frames, one answer after the last. One speaker is held out.
 
-    frames, bands = 70, 12
+    The mean over all words of a voice, its timbre and its microphone, is subtracted first. That needs no labels, so the
+    held-out voice is treated the same. Recordings of digits are mixed with 24 drawn voices for training.
+    """
+
+    frames, bands = 48, 12
 
     def __init__(self, args, saved):
         self.args, self.mels = args, []
-        sounds, self.y, self.names, self.who = load_speech(args)
+        sounds, self.y, self.names, self.who = load_speech(args, drawn=24)
         for sound in sounds:
             mel = log_mel(sound, self.bands)
             loud = np.flatnonzero(mel.max(1) > mel.max() - 4)
             mel = mel[loud[0] : loud[-1] + 1]  # from the first loud frame to the last
-            self.mels.append(stretch(mel, max(2, len(mel))))
+            self.mels.append(stretch(mel - mel.mean(), max(2, len(mel))))
+        for voice in np.unique(self.who):
+            own = np.flatnonzero(self.who == voice)
+            mean = np.concatenate([self.mels[i] for i in own]).mean(0)
+            for i in own:
+                self.mels[i] = self.mels[i] - mean
         self.train, self.val = np.flatnonzero(self.who >= 0), np.flatnonzero(self.who < 0)
         self.config = dict(n_in=3 * self.bands, n_out=len(self.names), read="last")
         self.extra = dict(digest=digest(*(self.mels[i] for i in self.train)))
         n = len(self.train), len(self.val)
-        self.about = f"{args.data or 'drawn voices'}: {n[0]:,} words to train on, {n[1]:,} of {args.held_out} held out"
+        self.about = f"{args.data or 'spoken digits'}: {n[0]:,} words to train on, {n[1]:,} of {args.held_out} held out"
+        self.about += f", each {1 / n[1]:.0%} of the accuracy" if n[1] < 100 else ""
 
     def vary(self, i, rng):
-        """Word i as another voice might say it elsewhere, for a few voices have to stand for many.
+        """Word i as another speaker might say it in another room: a few voices have to stand for many.
 
-        For training only: it looks at the label, to go towards another voice that says the same word.
+        Varies the pace, the length of the vocal tract, the microphone, the background noise, and the voice, towards
+        another one that says the same word. The last needs the label, so this is for training only.
         """
         pace, tract = rng.uniform(0.6, 1.6), rng.uniform(0.82, 1.22)  # a longer tract moves all formants down
         mel = stretch(self.mels[i], max(2, round(len(self.mels[i]) / pace)))
@@ -614,25 +675,25 @@ class Speech(Task):
         low = at.astype(int).clip(max=self.bands - 2)
         mel = mel[:, low] * (low + 1 - at) + mel[:, low + 1] * (at - low)
         band = (np.arange(self.bands) + 0.5) / self.bands
-        mel = mel + sum(rng.normal() / k * np.cos(np.pi * k * band) for k in range(1, 5))  # a microphone's curve
+        mel = mel + sum(0.4 * rng.normal() / k * np.cos(np.pi * k * band) for k in range(1, 5))  # a microphone's curve
         floor = rng.uniform(5, 11)  # what is quieter drowns in noise
         mel = np.logaddexp(mel, mel.max() - floor)
         alike = np.flatnonzero((self.y == self.y[i]) & (self.who != self.who[i]) & (self.who >= 0))
-        if len(alike) and rng.random() < 0.7:  # some way towards another who says the word, past them, or away
+        if len(alike) and rng.random() < 0.7:  # some way towards another speaker of the word, past them, or away
             other = stretch(self.mels[rng.choice(alike)], len(mel))
             other = np.logaddexp(other, other.max() - floor)
             mel = mel + rng.uniform(-0.5, 1.5) * (other - other.mean(0) - mel + mel.mean(0))
         return mel
 
     def features(self, number, rng=None):
-        """(B, frames, 3 bands), flush right after zeros: less each band's mean, less one mean, and slopes in time."""
+        """(B, frames, 3 bands), zeros first: minus each band's mean, minus the overall mean, and slopes in time."""
         x = np.zeros((len(number), self.frames, 3 * self.bands), np.float32)
         for row, i in zip(x, number):
             mel = self.mels[i]
-            mel = np.logaddexp(mel, mel.max() - 7) if rng is None else self.vary(i, rng)  # 30 dB are heard
+            mel = np.logaddexp(mel, mel.max() - 7) if rng is None else self.vary(i, rng)  # a range of 30 dB
             parts = [mel - mel.mean(0), mel - mel.mean(), 2 * np.gradient(mel, axis=0)]
             if rng is not None:
-                u = rng.random(3)  # so that none is relied on alone; one at least stays
+                u = rng.random(3)  # drop some, so that none is relied on alone
                 parts = [part * (u_i >= min(0.3, u.max())) for part, u_i in zip(parts, u)]
             mel = (np.concatenate(parts, 1) / (mel.std() + 1e-6))[-self.frames :]
             row[self.frames - len(mel) :] = mel
@@ -660,8 +721,8 @@ class Speech(Task):
 class Speak(Task):
     """Sound, sample by sample: the next of 256 mu-law codes from all before it, the word, the place in it, the voice.
 
-    The place is a row of `places` overlapping bells along the word, so that the network learns what each word sounds
-    like where. Told whose voice it is, it keeps to one pitch. A batch's rows are stretches of `length` samples from
+    The place is encoded by `places` overlapping bells along the word, so that the network learns how each part of a
+    word sounds. Conditioning on the voice keeps the pitch steady. A batch's rows are stretches of `length` samples from
     anywhere in a word.
     """
 
@@ -675,16 +736,16 @@ class Speak(Task):
             row[1 : len(sound) + 1] = mu_law(sound)[: self.samples]
         self.lengths = np.array([min(len(sound), self.samples) for sound in sounds])
         if args.length > self.lengths.min():
-            fail(f"--length {args.length} is more than the shortest utterance has samples, {self.lengths.min()}")
+            fail(f"--length {args.length} is more than the shortest utterance, {self.lengths.min()} samples")
         self.train, self.val = np.flatnonzero(self.who >= 0), np.flatnonzero(self.who < 0)
         self.voices = np.unique(self.who[self.train])
         self.config = dict(vocab_size=256, n_in=len(self.names) * self.places + len(self.voices), n_out=256)
         self.extra = dict(digest=digest(self.codes[self.train]))
         n = len(self.train), len(self.val)
-        self.about = f"{args.data or 'drawn voices'}: {n[0]:,} words to train on, {n[1]:,} of {args.held_out} held out"
+        self.about = f"{args.data or 'spoken digits'}: {n[0]:,} words to train on, {n[1]:,} of {args.held_out} held out"
 
     def beside(self, y, who, lengths, at):
-        """What goes with the samples number `at`, (T,) or (B, T): (B, T, labels places + voices)."""
+        """The conditioning of the samples numbered `at`, (T,) or (B, T): (B, T, labels places + voices)."""
         place = at / lengths[:, None] * (self.places - 1)  # (B, T)
         bells = (1 - np.abs(place[..., None] - np.arange(self.places))).clip(0)  # 0 after the end
         onehot = np.eye(len(self.names))[y]
@@ -697,13 +758,13 @@ class Speak(Task):
         number = rng.choice(self.train, B)
         begin = rng.uniform(-T, self.lengths[number] - T).clip(0).astype(int)  # often the beginning
         at = begin[:, None] + np.arange(T + 1)
-        who = np.where(rng.random(B) < 0.1, -1, self.who[number])  # sometimes not told, as of a voice held out
+        who = np.where(rng.random(B) < 0.1, -1, self.who[number])  # sometimes unknown, like a held-out voice
         x, beside = self.codes[number[:, None], at], self.beside(self.y[number], who, self.lengths[number], at[:, :-1])
         return x[:, :-1], x[:, 1:], np.zeros(B, np.float32), beside
 
     def evaluate(self, trainer, whole=False):
         some, total = self.val if whole else self.val[:: math.ceil(len(self.val) / 20)], 0.0
-        n = self.lengths[self.val].min()  # of each word as many samples as the shortest has
+        n = self.lengths[self.val].min()  # the length of the shortest word, for all
         for part in np.array_split(some, math.ceil(len(some) / 50)):
             beside = self.beside(self.y[part], self.who[part], self.lengths[part], np.arange(n))
             x = self.codes[part, : n + 1]
@@ -731,11 +792,11 @@ class Speak(Task):
 
 
 class Gradients(Task):
-    """A number, then noise; at the end the network is to say the number. How far back does its gradient reach?"""
+    """Recall a number after a stretch of noise. How far back does the gradient reach?"""
 
     def __init__(self, args, saved):
         self.args, self.config = args, dict(n_in=1, n_out=1, read="last", loss="mse", radius=1.5)
-        self.about = f"to recall a number after {args.length - 1} steps, drawn anew each time; 256 held out"
+        self.about = f"to recall a number after {args.length - 1} steps, new ones in each batch; 256 held out"
 
     def draw(self, n, *key):
         x = np.random.default_rng((self.args.seed, *key)).uniform(-1, 1, (n, self.args.length, 1)).astype(np.float32)
@@ -770,18 +831,18 @@ class Gradients(Task):
             label = f"clipped at {clip:g}" if clip < math.inf else "not clipped"
             for name, curve in curves.items():
                 y = np.array([float(metrics[name]) for metrics in steps])
-                y = np.where(np.isfinite(y), y, 1e6).clip(1e-3, 1e6)  # what blew up runs along the upper edge
+                y = np.where(np.isfinite(y), y, 1e6).clip(1e-3, 1e6)  # exploded values run along the upper edge
                 curve.append((np.arange(n), y, colour, label))
             if n:
                 loss, norm = (curve[-1][1] for curve in curves.values())
                 print(f"{label:14} {n} steps: loss {loss[-10:].mean():.3g}, largest gradient {norm.max():.3g}")
-        titles = {"loss": "loss by the step", "grad_norm": "norm of the gradient, before clipping, by the step"}
+        titles = {"loss": "loss per step", "grad_norm": "gradient norm before clipping, per step"}
         panels += [(titles[name], curve, True) for name, curve in curves.items() if n > 1]
         plot(panels).save(args.out / "sample.png", optimize=True)
         return figures, ["sample.png"]
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- plots -----------------------------------------------------------------------------------------------------------
 
 BLACK, GREY, RED, SKY, GREEN = (40, 40, 40), (160, 160, 160), (214, 39, 40), (140, 190, 230), (44, 160, 44)
 BLUE, PAPER = (31, 119, 180), (250, 250, 247)
@@ -822,7 +883,7 @@ def draw_spectrograms(rows, names):
     draw = ImageDraw.Draw(image)
     for i, row in enumerate(rows):
         u, v = i % 5 * cell_w, i // 5 * (2 * cell_h + 28)
-        draw.text((u + 6, v + 14), f"{names[i]}: made, and recorded", BLACK, font, anchor="lm")
+        draw.text((u + 6, v + 14), f"{names[i]}: generated, recorded", BLACK, font, anchor="lm")
         for j, sound in enumerate(row):
             frames = np.lib.stride_tricks.sliding_window_view(np.pad(sound, (0, 256)), 256)[::32] * np.hanning(256)
             level = 20 * np.log10(np.abs(np.fft.rfft(frames)) + 1e-3)  # dB

@@ -2,19 +2,19 @@
 
     x (B, T) tokens and / or (B, T, n_in) numbers -> n_layer times [cell over t = 1 ... T] -> Linear -> answers
 
-A cell carries a state from one time to the next; sigma is the sigmoid, * acts entry by entry, W_hh is (gates H, H):
+A cell carries a state from one time to the next; sigma is the sigmoid, * is elementwise, W_hh is (gates H, H):
     RNN    h' = tanh(a + b_hh + W_hh h)                                              a = W_ih x + b_ih
     LSTM   i, f, g, o = the four parts of  a + b_hh + W_hh h                         input, forget, candidate, output
            c' = sigma(f) * c + sigma(i) * tanh(g)
            h' = sigma(o) * tanh(c')
     GRU    r, z, n = the three parts of  a,  and of  b = b_hh + W_hh h               reset, update, candidate
            h' = (1 - z) * tanh(a_n + r * b_n) + z * h,   r = sigma(a_r + b_r),  z = sigma(a_z + b_z)
-Only W_hh h must wait for the time before; a is one matrix product for all times at once.
+Only W_hh h must wait for the previous time; a is one matrix product for all times at once.
 
 Back through time, dh_T/dh_t is a product of T - t Jacobians dh'/dh. For the RNN each is diag(1 - h'^2) W_hh: the
 product shrinks or grows as a power of the spectral radius of W_hh and of the slopes. The LSTM's dc'/dc has the diagonal
-sigma(f), the GRU's dh'/dh the diagonal z, both near 1 where the gate says so. Truncated back-propagation stops after a
-batch's T steps, and hands the state on to the next batch.
+sigma(f), the GRU's dh'/dh the diagonal z, both near 1 where the gate keeps the state. Truncated backpropagation stops
+after a batch's T steps, and hands the state on to the next batch.
 
 Elman 1990, "Finding structure in time". Hochreiter & Schmidhuber 1997, "Long short-term memory"; Gers et al. 2000 added
 the forget gate. Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder", has the GRU, here in the
@@ -26,7 +26,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 in full on CUDA and Apple M5, too; read at the import
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # full float32 on CUDA and Apple M5 too; read on import
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,15 +41,15 @@ class Config:
     impl: str = "by-hand"  # by-hand or builtin
     vocab_size: int = 0  # tokens that come in, each as an embedding; 0: none
     n_embd: int = 64
-    n_in: int = 0  # numbers that come in at each time, beside the tokens or in place of them
+    n_in: int = 0  # numbers that come in at each time, beside the tokens or instead of them
     n_hidden: int = 256
     n_layer: int = 1
     n_out: int = 65
-    read: str = "each"  # an answer at each time, or one from the last
+    read: str = "each"  # each or last: an answer at each time, or one at the end
     loss: str = "cross_entropy"  # cross_entropy or mse
     optimizer: str = "muon"  # muon, adamw or sgd
     weight_decay: float = 0.1  # of the matrices
-    clip: float = 1.0  # the largest norm of the gradient of all parameters; inf: any
+    clip: float = 1.0  # the largest norm of the gradient of all parameters; inf: no clipping
     radius: float = 0.0  # the spectral radius that each gate's W_hh starts with; 0: orthogonal
 
 
@@ -122,7 +122,7 @@ class ByHand(nn.Module):
 
 
 class Builtin(nn.Module):
-    """The framework's own, one layer. MLX's has one bias, or b and b_n, in place of two: they are added up there."""
+    """The framework's own layer. MLX's has one bias, or b and b_n, instead of two: there they are added up."""
 
     def __init__(self, cell, n_in, n_hidden):
         super().__init__()
@@ -130,7 +130,7 @@ class Builtin(nn.Module):
         self._own = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell](n_in, n_hidden)
 
     def __call__(self, x, state):
-        """As ByHand."""
+        """As in ByHand."""
         own, rnn, H = self._own, self.rnn, state.shape[-1]
         if isinstance(own, nn.LSTM):
             own.Wx, own.Wh, own.bias = rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0 + rnn.bias_hh_l0
@@ -187,8 +187,8 @@ def loss_fn(out, y, loss):
 def state_gradients(model, x):
     """|dh_T/ds_t| for t = 1 ... T, x (T, n_in), s the state (h, or h and c) of the first layer, a by-hand one: (T,).
 
-    The norm is Frobenius', over sqrt(H), so that dh_T/dh_T has 1. H copies of the sequence run side by side, and copy k
-    is asked for the gradient of h_T[k]; a zero is added to each state, and the gradient for that zero is what we want.
+    The Frobenius norm over sqrt(H), so that dh_T/dh_T has 1. H copies of the sequence run in parallel, and copy k gives
+    the gradient of h_T[k]; a zero is added to each state, and the gradient for that zero is what we want.
     """
     cell, H = model.layers[0].rnn, model.config.n_hidden
     a, eye = cell.from_input(x), mx.eye(H)
@@ -207,7 +207,7 @@ def state_gradients(model, x):
 
 
 def pick(logits, u, temperature):
-    """One token a row: logits (B, V), u (B,) from [0, 1) -> (B,), where u falls in the cumulated probabilities."""
+    """One token per row: logits (B, V), u (B,) from [0, 1) -> (B,), where u falls in the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
     cdf = mx.softmax(logits / temperature, -1).cumsum(-1)
@@ -215,7 +215,7 @@ def pick(logits, u, temperature):
 
 
 def generate(model, idx, u, temperature=1.0, beside=None):
-    """Go on from the prompt idx (B, T): yields one (B,) of tokens for each row of u (n, B), uniform from [0, 1).
+    """Continue the prompt idx (B, T): yields the tokens (B,) for each row of u (n, B), uniform from [0, 1).
 
     beside (B, T + n - 1, n_in): the numbers that go with the prompt, and with each new token but the last.
     """
@@ -232,7 +232,7 @@ def generate(model, idx, u, temperature=1.0, beside=None):
 
 
 def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
-    """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
+    """Loshchilov & Hutter 2019: Adam, with weight decay applied directly to the weights."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     v_hat = v / (1 - beta2**t)
@@ -240,20 +240,20 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 
 
 def muon(p, g, m, lr, weight_decay, beta=0.9):
-    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
     """
     m = beta * m + (1 - beta) * g
-    update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum as it will be one step on
+    update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum one step ahead
     return p * (1 - lr * weight_decay) - lr * 0.2 * max(p.shape) ** 0.5 * update, m
 
 
 def orthogonalize(g):
-    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+    """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (mx.linalg.norm(x) + 1e-7)
@@ -274,7 +274,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Put {name: numpy array} in place of the model's parameters."""
+    """Replace the model's parameters by {name: numpy array}."""
     params = dict(tree_flatten(model.parameters()))
     for name, p in params.items():
         if weights[name].shape != p.shape:
@@ -323,7 +323,7 @@ class Trainer:
         self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
 
     def arrays(self, x, y, *more):
-        """Numpy to the framework; None stays. Tokens and classes are checked: MLX would read past an array's end."""
+        """Numpy to the framework; None stays. Tokens and classes are checked: MLX would silently read past the end."""
         for ids, n in ((x, self.config.vocab_size), (y, self.config.n_out)):
             if ids.dtype == np.int64 and not 0 <= ids.min() <= ids.max() < n:
                 raise ValueError(f"a token or a label is outside 0 ... {n - 1}")
@@ -332,8 +332,8 @@ class Trainer:
     def step(self, x, y, keep=None, beside=None, *, lr):
         """One update; returns {"loss", "grad_norm"}, before the update and before clipping.
 
-        x and beside as the network takes them, y (B, T) or (B,) int64 classes or (B, n_out) numbers. keep (B,) has 1
-        where a row goes on from the step before, with its state, and 0 where it begins; without it all rows begin.
+        x and beside as the network takes them, y (B, T) or (B,) int64 classes or (B, n_out) numbers. keep (B,) is 1
+        where a row continues the previous step's, with its state, and 0 where it begins; without it all rows begin.
         """
         x, y, keep, beside = self.arrays(x, y, keep, beside)
         self.t += 1
@@ -343,7 +343,7 @@ class Trainer:
             return loss_fn(out, y, self.config.loss), last
 
         (loss, last), grads = nn.value_and_grad(self.model, total)()
-        self.state = None if keep is None else last  # here back-propagation through time is truncated
+        self.state = None if keep is None else last  # here backpropagation through time is truncated
         grads, norm = optim.clip_grad_norm(grads, self.config.clip)
         grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
         for name, p in params.items():
@@ -356,17 +356,17 @@ class Trainer:
                 g, m, v = grads[name], self.m[name], self.v[name]
                 params[name], self.m[name], self.v[name] = adamw(p, g, m, v, lr, self.t, decay)
         self.model.update(tree_unflatten(list(params.items())))
-        mx.eval(loss, last, norm, params, self.m, self.v)  # MLX is lazy: here the step is computed
+        mx.eval(loss, last, norm, params, self.m, self.v)  # MLX is lazy: the step is computed here
         return {"loss": loss, "grad_norm": norm}
 
     def carried(self, keep):
-        """The state after the last step where keep (B,) is 1, else 0; a batch of another size begins anew."""
+        """The state after the last step where keep (B,) is 1, else 0; a batch of another size starts from 0."""
         if keep is None or self.state is None or self.state.shape[2] != len(keep):
             return None
         return self.state * keep[:, None]
 
     def evaluate(self, x, y, beside=None):
-        """{"val_loss"} and, for one class a row, {"accuracy"}. A long text is read in parts, with the state carried."""
+        """{"val_loss"} and, for one class per row, {"accuracy"}. A long text is read in parts, carrying the state."""
         x, y, beside = self.arrays(x, y, beside)
         if self.config.read == "last":
             out = self.model(x)[0]
@@ -387,7 +387,7 @@ class Trainer:
         return np.array(self.model(arrays[0], None, *arrays[1:])[0])
 
     def generate(self, prompt, n, temperature=1.0, seed=0, beside=None):
-        """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
+        """Yield the next token of each row, numpy (B,), n times, after prompt (B, T) int64; temperature 0 is greedy."""
         u = np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32)
         idx, u, beside = self.arrays(prompt, u, beside)
         for token in generate(self.model, idx, u, temperature, beside):
@@ -398,7 +398,7 @@ class Trainer:
         return np.array(state_gradients(self.model, mx.array(x)))
 
     def save(self, path, step, **extra):
-        """Weights, moments, state, step, config and what train.py wants to remember, to one .npz: all or nothing."""
+        """Weights, moments, state, step, config and what train.py adds, to one .npz: all or nothing."""
         arrays = get_weights(self.model)
         arrays |= {f"m.{name}": np.array(m) for name, m in self.m.items()}
         arrays |= {f"v.{name}": np.array(v) for name, v in self.v.items()}
@@ -410,7 +410,7 @@ class Trainer:
         os.replace(f"{path}.part", path)
 
     def load(self, path):
-        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        """Load what save wrote, in either framework; returns the step to continue from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
@@ -418,7 +418,7 @@ class Trainer:
         for key, moments in (("m", self.m), ("v", self.v)):
             for name in moments:
                 if arrays[f"{key}.{name}"].shape != arrays[name].shape:
-                    raise ValueError(f"{key}.{name} has another shape than {name}")
+                    raise ValueError(f"{key}.{name} does not have the shape of {name}")
                 moments[name] = mx.array(arrays[f"{key}.{name}"])
         self.state = mx.array(arrays["state"]) if "state" in arrays else None
         return self.t

@@ -2,19 +2,19 @@
 
     x (B, T) tokens and / or (B, T, n_in) numbers -> n_layer times [cell over t = 1 ... T] -> Linear -> answers
 
-A cell carries a state from one time to the next; sigma is the sigmoid, * acts entry by entry, W_hh is (gates H, H):
+A cell carries a state from one time to the next; sigma is the sigmoid, * is elementwise, W_hh is (gates H, H):
     RNN    h' = tanh(a + b_hh + W_hh h)                                              a = W_ih x + b_ih
     LSTM   i, f, g, o = the four parts of  a + b_hh + W_hh h                         input, forget, candidate, output
            c' = sigma(f) * c + sigma(i) * tanh(g)
            h' = sigma(o) * tanh(c')
     GRU    r, z, n = the three parts of  a,  and of  b = b_hh + W_hh h               reset, update, candidate
            h' = (1 - z) * tanh(a_n + r * b_n) + z * h,   r = sigma(a_r + b_r),  z = sigma(a_z + b_z)
-Only W_hh h must wait for the time before; a is one matrix product for all times at once.
+Only W_hh h must wait for the previous time; a is one matrix product for all times at once.
 
 Back through time, dh_T/dh_t is a product of T - t Jacobians dh'/dh. For the RNN each is diag(1 - h'^2) W_hh: the
 product shrinks or grows as a power of the spectral radius of W_hh and of the slopes. The LSTM's dc'/dc has the diagonal
-sigma(f), the GRU's dh'/dh the diagonal z, both near 1 where the gate says so. Truncated back-propagation stops after a
-batch's T steps, and hands the state on to the next batch.
+sigma(f), the GRU's dh'/dh the diagonal z, both near 1 where the gate keeps the state. Truncated backpropagation stops
+after a batch's T steps, and hands the state on to the next batch.
 
 Elman 1990, "Finding structure in time". Hochreiter & Schmidhuber 1997, "Long short-term memory"; Gers et al. 2000 added
 the forget gate. Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder", has the GRU, here in the
@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-torch.backends.cudnn.allow_tf32 = False  # float32 in full: convolutions on CUDA, too
+torch.backends.cudnn.allow_tf32 = False  # full float32, for convolutions on CUDA too
 
 
 @dataclass
@@ -40,15 +40,15 @@ class Config:
     impl: str = "by-hand"  # by-hand or builtin
     vocab_size: int = 0  # tokens that come in, each as an embedding; 0: none
     n_embd: int = 64
-    n_in: int = 0  # numbers that come in at each time, beside the tokens or in place of them
+    n_in: int = 0  # numbers that come in at each time, beside the tokens or instead of them
     n_hidden: int = 256
     n_layer: int = 1
     n_out: int = 65
-    read: str = "each"  # an answer at each time, or one from the last
+    read: str = "each"  # each or last: an answer at each time, or one at the end
     loss: str = "cross_entropy"  # cross_entropy or mse
     optimizer: str = "muon"  # muon, adamw or sgd
     weight_decay: float = 0.1  # of the matrices
-    clip: float = 1.0  # the largest norm of the gradient of all parameters; inf: any
+    clip: float = 1.0  # the largest norm of the gradient of all parameters; inf: no clipping
     radius: float = 0.0  # the spectral radius that each gate's W_hh starts with; 0: orthogonal
 
 
@@ -121,14 +121,14 @@ class ByHand(nn.Module):
 
 
 class Builtin(nn.Module):
-    """The framework's own, one layer. MLX's has one bias, or b and b_n, in place of two: they are added up there."""
+    """The framework's own layer. MLX's has one bias, or b and b_n, instead of two: there they are added up."""
 
     def __init__(self, cell, n_in, n_hidden):
         super().__init__()
         self.rnn = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell](n_in, n_hidden, batch_first=True)
 
     def forward(self, x, state):
-        """As ByHand."""
+        """As in ByHand."""
         if isinstance(self.rnn, nn.LSTM):
             every_h, (h, c) = self.rnn(x, state.split(1))
             return every_h, torch.cat([h, c])
@@ -177,8 +177,8 @@ def loss_fn(out, y, loss):
 def state_gradients(model, x):
     """|dh_T/ds_t| for t = 1 ... T, x (T, n_in), s the state (h, or h and c) of the first layer, a by-hand one: (T,).
 
-    The norm is Frobenius', over sqrt(H), so that dh_T/dh_T has 1. H copies of the sequence run side by side, and copy k
-    is asked for the gradient of h_T[k]; a zero is added to each state, and the gradient for that zero is what we want.
+    The Frobenius norm over sqrt(H), so that dh_T/dh_T has 1. H copies of the sequence run in parallel, and copy k gives
+    the gradient of h_T[k]; a zero is added to each state, and the gradient for that zero is what we want.
     """
     cell, H = model.layers[0].rnn, model.config.n_hidden
     a, eye = cell.from_input(x), torch.eye(H, device=x.device)
@@ -198,7 +198,7 @@ def state_gradients(model, x):
 
 
 def pick(logits, u, temperature):
-    """One token a row: logits (B, V), u (B,) from [0, 1) -> (B,), where u falls in the cumulated probabilities."""
+    """One token per row: logits (B, V), u (B,) from [0, 1) -> (B,), where u falls in the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
     cdf = torch.softmax(logits / temperature, -1).cumsum(-1)
@@ -207,7 +207,7 @@ def pick(logits, u, temperature):
 
 @torch.inference_mode()
 def generate(model, idx, u, temperature=1.0, beside=None):
-    """Go on from the prompt idx (B, T): yields one (B,) of tokens for each row of u (n, B), uniform from [0, 1).
+    """Continue the prompt idx (B, T): yields the tokens (B,) for each row of u (n, B), uniform from [0, 1).
 
     beside (B, T + n - 1, n_in): the numbers that go with the prompt, and with each new token but the last.
     """
@@ -225,7 +225,7 @@ def generate(model, idx, u, temperature=1.0, beside=None):
 
 @torch.no_grad()
 def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
-    """Loshchilov & Hutter 2019: Adam, with the decay taken from the weights themselves."""
+    """Loshchilov & Hutter 2019: Adam, with weight decay applied directly to the weights."""
     m.lerp_(g, 1 - beta1)  # m = beta1 m + (1 - beta1) g
     v.lerp_(g * g, 1 - beta2)
     v_hat = v / (1 - beta2**t)
@@ -234,20 +234,20 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 
 @torch.no_grad()
 def muon(p, g, m, lr, weight_decay, beta=0.9):
-    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that it moves all directions by the same length.
+    """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's is, about 0.2 an entry (Liu et al. 2025): hence one rate for both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
     """
     m.lerp_(g, 1 - beta)
-    update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum as it will be one step on
+    update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum one step ahead
     p.mul_(1 - lr * weight_decay).sub_(lr * 0.2 * max(p.shape) ** 0.5 * update)
 
 
 def orthogonalize(g):
-    """U V^T for g = U S V^T, nearly: five Newton-Schulz steps bring every singular value close to 1.
+    """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute: their product q and x x^T are carried along, so that only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (x.norm() + 1e-7)
@@ -268,7 +268,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Put {name: numpy array} in place of the model's parameters."""
+    """Replace the model's parameters by {name: numpy array}."""
     for name, p in model.named_parameters():
         if weights[name].shape != tuple(p.shape):
             raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
@@ -315,7 +315,7 @@ class Trainer:
         self.v = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
 
     def arrays(self, x, y, *more):
-        """Numpy to the framework; None stays. Tokens and classes are checked: MLX would read past an array's end."""
+        """Numpy to the framework; None stays. Tokens and classes are checked: MLX would silently read past the end."""
         for ids, n in ((x, self.config.vocab_size), (y, self.config.n_out)):
             if ids.dtype == np.int64 and not 0 <= ids.min() <= ids.max() < n:
                 raise ValueError(f"a token or a label is outside 0 ... {n - 1}")
@@ -324,8 +324,8 @@ class Trainer:
     def step(self, x, y, keep=None, beside=None, *, lr):
         """One update; returns {"loss", "grad_norm"}, before the update and before clipping.
 
-        x and beside as the network takes them, y (B, T) or (B,) int64 classes or (B, n_out) numbers. keep (B,) has 1
-        where a row goes on from the step before, with its state, and 0 where it begins; without it all rows begin.
+        x and beside as the network takes them, y (B, T) or (B,) int64 classes or (B, n_out) numbers. keep (B,) is 1
+        where a row continues the previous step's, with its state, and 0 where it begins; without it all rows begin.
         """
         x, y, keep, beside = self.arrays(x, y, keep, beside)
         self.t += 1
@@ -333,7 +333,7 @@ class Trainer:
         out, last = self.model(x, self.carried(keep), beside)
         loss = loss_fn(out, y, self.config.loss)
         loss.backward()
-        self.state = None if keep is None else last.detach()  # here back-propagation through time is truncated
+        self.state = None if keep is None else last.detach()  # here backpropagation through time is truncated
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         for name, p in self.model.named_parameters():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
@@ -346,14 +346,14 @@ class Trainer:
         return {"loss": loss.detach(), "grad_norm": norm}
 
     def carried(self, keep):
-        """The state after the last step where keep (B,) is 1, else 0; a batch of another size begins anew."""
+        """The state after the last step where keep (B,) is 1, else 0; a batch of another size starts from 0."""
         if keep is None or self.state is None or self.state.shape[2] != len(keep):
             return None
         return self.state * keep[:, None]
 
     @torch.no_grad()
     def evaluate(self, x, y, beside=None):
-        """{"val_loss"} and, for one class a row, {"accuracy"}. A long text is read in parts, with the state carried."""
+        """{"val_loss"} and, for one class per row, {"accuracy"}. A long text is read in parts, carrying the state."""
         x, y, beside = self.arrays(x, y, beside)
         if self.config.read == "last":
             out = self.model(x)[0]
@@ -375,7 +375,7 @@ class Trainer:
         return self.model(arrays[0], None, *arrays[1:])[0].cpu().numpy()
 
     def generate(self, prompt, n, temperature=1.0, seed=0, beside=None):
-        """Yield n times the next token of each row, numpy (B,), after prompt (B, T) int64; temperature 0 is greedy."""
+        """Yield the next token of each row, numpy (B,), n times, after prompt (B, T) int64; temperature 0 is greedy."""
         u = np.random.default_rng((seed, 2)).random((n, len(prompt)), np.float32)
         idx, u, beside = self.arrays(prompt, u, beside)
         for token in generate(self.model, idx, u, temperature, beside):
@@ -386,7 +386,7 @@ class Trainer:
         return state_gradients(self.model, torch.from_numpy(x).to(self.device)).cpu().numpy()
 
     def save(self, path, step, **extra):
-        """Weights, moments, state, step, config and what train.py wants to remember, to one .npz: all or nothing."""
+        """Weights, moments, state, step, config and what train.py adds, to one .npz: all or nothing."""
         arrays = get_weights(self.model)
         arrays |= {f"m.{name}": m.cpu().numpy() for name, m in self.m.items()}
         arrays |= {f"v.{name}": v.cpu().numpy() for name, v in self.v.items()}
@@ -398,7 +398,7 @@ class Trainer:
         os.replace(f"{path}.part", path)
 
     def load(self, path):
-        """Take up what save wrote, in whichever framework; returns the step to go on from."""
+        """Load what save wrote, in either framework; returns the step to continue from."""
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
@@ -406,7 +406,7 @@ class Trainer:
         for key, moments in (("m", self.m), ("v", self.v)):
             for name in moments:
                 if arrays[f"{key}.{name}"].shape != arrays[name].shape:
-                    raise ValueError(f"{key}.{name} has another shape than {name}")
+                    raise ValueError(f"{key}.{name} does not have the shape of {name}")
                 moments[name] = torch.from_numpy(arrays[f"{key}.{name}"]).to(self.device)
         self.state = torch.from_numpy(arrays["state"]).to(self.device) if "state" in arrays else None
         return self.t

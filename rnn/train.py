@@ -4,8 +4,8 @@
 # ///
 """Train a recurrent network:  python train.py [--backend mlx] [--task series] [--data FILE.csv] [--impl builtin] ...
 
-Tasks: text (write on, character by character), series (forecast many variables), speech (which word is spoken), speak
-(say it), gradients (how they vanish and explode on the way back through time, and what clipping does).
+Tasks: text (generate text by characters), series (forecast many variables), speech (recognise spoken words), speak
+(synthesise them), gradients (how they vanish and explode through time, and what clipping does).
 --data: tinyshakespeare or a text; a CSV with a header; a folder of recordings named {label}_{speaker}_{take}.wav.
 """
 
@@ -29,7 +29,7 @@ except ImportError as error:
     sys.exit(print(f"train.py: {error}: pip install numpy pillow", file=sys.stderr) or 2)
 
 MODEL = "rnn"
-DEFAULTS = {  # of the flags, task by task
+DEFAULTS = {  # of the flags, for each task
     "text": dict(cell="lstm", n_hidden=256, steps=600, batch_size=32, lr=0.03, optimizer="muon"),
     "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw"),
     "speech": dict(cell="gru", n_hidden=128, steps=1000, batch_size=64, lr=6e-3, optimizer="adamw"),
@@ -40,46 +40,46 @@ DEFAULTS = {  # of the flags, task by task
 
 
 def read_args():
-    """The command line; and with --resume what the checkpoint remembers, else None."""
+    """Parse the command line: the arguments and, with --resume, the checkpoint's metadata, else None."""
     apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
-    add = parser.add_argument_group("kept in the checkpoint; --resume refuses others").add_argument
+    add = parser.add_argument_group("saved in the checkpoint; fixed when resuming").add_argument
     fixed = [
-        add("--task", choices=TASKS, default="text", help="what there is to learn"),
-        add("--data", help="tinyshakespeare or a text; a CSV; a folder of WAV files (without: embedded data)"),
-        add("--held-out", help="the speaker not to train on (without: the last by name)"),
-        add("--cell", choices=["rnn", "lstm", "gru"], help="the recurrence"),
+        add("--task", choices=TASKS, default="text", help="what to train"),
+        add("--data", help="tinyshakespeare or a text; a CSV; a folder of WAV files (default: built-in data)"),
+        add("--held-out", help="the speaker to hold out (default: the last by name)"),
+        add("--cell", choices=["rnn", "lstm", "gru"], help="the kind of recurrent cell"),
         add("--n-hidden", type=within("[1, 65536]", int), help="width of the state"),
-        add("--n-layer", type=within("[1, 1000]", int), default=1, help="cells, one above the other"),
-        add("--n-embd", type=within("[1, 65536]", int), default=64, help="width of the embedding of a token"),
-        add("--window", type=within("[1, inf)", int), default=72, help="series: how many times the network sees"),
-        add("--horizon", type=within("[1, inf)", int), default=24, help="series: and how many it forecasts"),
-        add("--optimizer", choices=["muon", "adamw", "sgd"], help="muon: of the cells' matrices, adamw of the rest"),
+        add("--n-layer", type=within("[1, 1000]", int), default=1, help="number of stacked cells"),
+        add("--n-embd", type=within("[1, 65536]", int), default=64, help="width of the token embeddings"),
+        add("--window", type=within("[1, inf)", int), default=72, help="series: time steps that the network sees"),
+        add("--horizon", type=within("[1, inf)", int), default=24, help="series: time steps that it forecasts"),
+        add("--optimizer", choices=["muon", "adamw", "sgd"], help="muon: for the cells' matrices, adamw for the rest"),
     ]
-    add = parser.add_argument_group("kept too; --resume takes others").add_argument
+    add = parser.add_argument_group("saved too; may change when resuming").add_argument
     kept = [
-        add("--impl", choices=["by-hand", "builtin"], default="by-hand", help="the cells' equations, or the library's"),
-        add("--length", type=within("[1, inf)", int), default=64, help="steps that the gradient goes back in time"),
+        add("--impl", choices=["by-hand", "builtin"], default="by-hand", help="cells by hand, or the library's"),
+        add("--length", type=within("[1, inf)", int), default=64, help="time steps to backpropagate through"),
         add("--steps", type=within("[0, inf)", int), help="0: only evaluate and report"),
-        add("--batch-size", type=within("[1, 65536]", int), help="rows of a step"),
-        add("--lr", type=within("(0, inf)"), help="the highest rate; it falls to 0 linearly"),
+        add("--batch-size", type=within("[1, 65536]", int), help="rows per step"),
+        add("--lr", type=within("(0, inf)"), help="peak learning rate; decays to 0 linearly"),
         add("--weight-decay", type=within("[0, inf)"), default=0.1, help="of the matrices"),
-        add("--clip", type=within("(0, inf]"), default=1.0, help="the largest norm of a gradient; inf: any"),
-        add("--seed", type=within("[0, 4294967295]", int), default=0, help="of weights, batches, samples"),
+        add("--clip", type=within("(0, inf]"), default=1.0, help="the largest gradient norm; inf: no clipping"),
+        add("--seed", type=within("[0, 4294967295]", int), default=0, help="for weights, batches and samples"),
     ]
-    add = parser.add_argument_group("of this run alone").add_argument
+    add = parser.add_argument_group("for this run only").add_argument
     add("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch", help="the framework")
-    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (without: the best there is)")
-    add("--out", type=Path, help="the folder for what the run writes")
-    add("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
-    add("--prompt", help="text: what to go on with")
-    add("--tokens", type=within("[0, inf)", int), default=500, help="text: how many characters to write")
-    add("--temperature", type=within("[0, inf)"), default=0.7, help="0: always the likeliest")
+    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best available)")
+    add("--out", type=Path, help="the output folder")
+    add("--resume", action="store_true", help="continue from OUT/ckpt.npz, whichever backend wrote it")
+    add("--prompt", help="text: the beginning to continue")
+    add("--tokens", type=within("[0, inf)", int), default=500, help="text: how many characters to generate")
+    add("--temperature", type=within("[0, inf)"), default=0.7, help="0: always the most likely")
     return parse(parser, MODEL, fixed, kept, lambda asked: DEFAULTS[asked.task])
 
 
 def rate(step, args):
-    """The learning rate: up in 30 steps, then down to 0, linearly."""
+    """The learning rate: 30 steps of linear warm-up, then linear decay to 0."""
     return args.lr * min((step + 1) / 30, 1.0) * (1 - step / args.steps)
 
 
@@ -87,24 +87,24 @@ def rate(step, args):
 
 
 def load_twin(args):
-    """The module model_torch or model_mlx; args.device becomes the device that it uses, args.rank this process's."""
+    """Import model_torch or model_mlx; sets args.device, and args.rank and args.world of this process."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
     except ImportError as error:
-        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or use the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
-        fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
+        fail(f"--device {args.device} is not available with {args.backend} here: use {', '.join(net.devices())}")
     args.rank, args.world = net.join() if hasattr(net, "join") else (0, 1)
-    if args.rank:  # one of several processes speaks and saves
+    if args.rank:  # only the first process prints and saves
         sys.stdout = open(os.devnull, "w")
     return net
 
 
 def fit(trainer, task, args, start, memory):
-    """Train from step `start` to args.steps; twenty times on the way evaluate, save and print a line.
+    """Train from step `start` to args.steps; about twenty times, evaluate, save and print a line.
 
-    Ctrl-C ends the step at hand, saves and exits with 130; a second one does not wait. Returns the steps a second.
+    Ctrl-C finishes the current step, saves and exits with 130; a second Ctrl-C does not wait. Returns steps per second.
     """
     ckpt, interrupted, every = args.out / "ckpt.npz", [], max(1, args.steps // 20)
 
@@ -129,12 +129,12 @@ def fit(trainer, task, args, start, memory):
                 fail(f"the loss is not finite at step {min(at, step)}: {why}{f'; {ckpt} is kept' * ckpt.exists()}")
         first = not speed and not args.resume
         try:
-            if first and ckpt.exists():
+            if first and not args.rank and ckpt.exists():
                 shutil.copy2(ckpt, args.out / "ckpt.old.npz")
             trainer.save(ckpt, done, **memory)
         except OSError as error:
             Path(f"{ckpt}.part").unlink(missing_ok=True)
-            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or name another --out")
+            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or choose another --out")
         speed, left = (done - start) / busy, (args.steps - done) * busy / (done - start)
         figures = {**values[-2], **values[-1]}
         line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -150,17 +150,17 @@ def fit(trainer, task, args, start, memory):
 
 
 def main():
-    """Arguments, task, model, checkpoint; train; report, and the result as the last line."""
+    """Set up the task, the model and the checkpoint; train; report; print the result as the last line."""
     began, (args, saved) = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
     fields, there = net.Config.__dataclass_fields__, saved["config"] if saved else {}
     for name, value in there.items():
         if name in fields and isinstance(value, str) != isinstance(fields[name].default, str):
-            fail(f"{ckpt} is damaged, its {name} is {value!r}: train anew without --resume, or name another --out")
+            fail(f"{ckpt} is damaged ({name} is {value!r}): start over without --resume, or choose another --out")
     note, task = claim(args), TASKS[args.task](args, saved)
     for name, value in (task.config | (task.extra if args.steps else {})).items():
         if saved and {**saved, **there}.get(name, value) != value:
-            fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
+            fail(f"{ckpt} was trained on other data (its {name} differs): use the same --data and --seed")
     config = {name: x for name, x in args.memory.items() if name in fields and x is not None} | task.config
     try:
         trainer = task.trainer(net, net.Config(**config | there))
@@ -168,7 +168,7 @@ def main():
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
             raise
-        fail(f"{ckpt} does not fit the model ({error!r}): train anew without --resume" if saved else error)
+        fail(f"{ckpt} does not fit the model ({error!r}): start over without --resume" if saved else error)
     params = sum(w.size for w in net.get_weights(trainer.model).values())
     print(f"{MODEL}: {args.backend} on {args.device}, {params:,} parameters; {task.about}; files go to {args.out}"
           f"{note}", flush=True)  # fmt: skip
@@ -184,15 +184,17 @@ def main():
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # numbers that are not finite are spoken of in fit
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer letters
+    warnings.simplefilter("ignore")  # fit reports numbers that are not finite
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack some characters
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+    except BrokenPipeError:  # as after `| head`: nobody reads the rest
         os._exit(141)
-    except (OSError, MemoryError) as error:  # a full disk, a folder that may not be written to, too little memory
-        print(f"train.py: {str(error)[:500] or 'too little memory'}: make room, or change --out", file=sys.stderr)
+    except (OSError, MemoryError, RuntimeError) as error:  # a full disk, no permission to write, too little memory
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        print(f"train.py: {str(error)[:500] or 'no memory'}: make room, or change --out, --batch-size", file=sys.stderr)
         os._exit(2)

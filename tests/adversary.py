@@ -1,24 +1,25 @@
-"""Does every promise of the command line hold?  python tests/adversary.py [FOLDER ...]
+"""Does the command line keep all its promises?  python tests/adversary.py [FOLDER ...]
 
-Hands each folder what a user, a full disk or another program might: damaged and edited checkpoints, flags that
-contradict them, files of the wrong kind, signals. Each must end in one line and exit code 2, with nothing lost.
+Gives each folder what a user, a full disk or another program might: damaged and edited checkpoints, flags that
+contradict them, files of the wrong kind, signals. Each must end with one line and exit code 2, and lose nothing.
 """
 
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from folders import FOLDERS, copy_alone, environment, run
+from folders import FOLDERS, copy_alone, environment, run, run_here
 
-SHORT = {  # a run of a second
+SHORT = {  # runs of about a second
     "mlp": ["--steps", "20", "--hidden", "8"],
     "cnn": ["--steps", "4", "--channels", "2", "4", "16", "--batch-size", "16"],
     "gpt": ["--steps", "4", "--block-size", "16", "--n-layer", "1", "--n-embd", "32", "--tokens", "5"],
@@ -27,9 +28,9 @@ SHORT = {  # a run of a second
     "autoencoder": ["--steps", "10", "--hidden", "8", "--count", "200"],
     "gan": ["--steps", "10", "--model", "gan", "--hidden", "8", "--count", "200"],
     "llama": ["--steps", "4", "--block-size", "16", "--n-layer", "1", "--n-embd", "32", "--tokens", "5"],
-    "diffusion": "--steps 4 --widths 8 8 --count 100 --batch-size 8 --sample-steps 2".split(),
+    "diffusion": "--steps 4 --widths 8 --fold 4 --count 100 --batch-size 8 --sample-steps 2".split(),
 }
-CONTRADICTIONS = {  # flags that a resumed run of SHORT refuses by name
+CONTRADICTIONS = {  # flags that a resumed SHORT run refuses by name
     "mlp": ["--task binary", "--hidden 32", "--activation tanh", "--optimizer sgd", "--data other.csv"],
     "cnn": ["--task style", "--model resnet", "--channels 4 4 16", "--size 20"],
     "gpt": ["--n-layer 3", "--n-embd 64", "--n-head 2", "--tokenizer bpe", "--task chat", "--data other.txt"],
@@ -72,7 +73,7 @@ def edits(arrays):
 
 
 class Folder:
-    """A folder copied alone to `place`, with the checkpoint of a short run; cases() lists what it has to stand."""
+    """A folder copied alone to `place`, with the checkpoint of a short run; cases() lists what it must withstand."""
 
     def __init__(self, name, place):
         self.name, self.path = name, copy_alone(name, Path(place) / name)
@@ -86,19 +87,21 @@ class Folder:
             self.arrays = dict(f)
 
     def refused(self, *args, reason="", **options):
-        """One line that names the reason, exit code 2, and the checkpoint as it was."""
-        command = [sys.executable, "train.py", "--backend", "mlx", "--device", "cpu", *map(str, args)]
-        env = {**environment("mlx"), **options.pop("env", {})}
-        process = subprocess.run(command, cwd=self.path, env=env, capture_output="stdout" not in options, text=True,
-                                 errors="replace", stdin=subprocess.DEVNULL, **options)  # fmt: skip
-        err = process.stderr
-        assert process.returncode == 2, f"exit code {process.returncode}: {err[-300:]}"
+        """One line that names the reason, exit code 2, and the checkpoint unchanged."""
+        if options:
+            command = [sys.executable, "train.py", "--backend", "mlx", "--device", "cpu", *map(str, args)]
+            env = {**environment("mlx"), **options.pop("env", {})}
+            process = subprocess.run(command, cwd=self.path, env=env, stderr=subprocess.PIPE, text=True, **options)
+            code, err = process.returncode, process.stderr
+        else:
+            code, _, err = run_here(self.path, "mlx", *args)
+        assert code == 2, f"exit code {code}: {err[-300:]}"
         assert err.startswith("train.py: ") and len(err.splitlines()) == 1 and len(err) < 1200, err[:500]
         assert reason in err, f"{reason!r} is not in: {err}"
         assert self.ckpt.read_bytes() == self.before, "the checkpoint is another"
 
     def copy(self, name, arrays=None):
-        """A folder OUT of its own with that checkpoint, or with the one of the short run."""
+        """A separate folder OUT with this checkpoint, or with that of the short run."""
         (self.path / name).mkdir()
         if arrays is None:
             (self.path / name / "ckpt.npz").write_bytes(self.before)
@@ -121,8 +124,11 @@ class Folder:
             yield f"{flags[0]} {str(flags[1])[:20]!a}", functools.partial(
                 self.refused, *short, "--steps", "2", "--out", next(out), *flags, reason=reason)  # fmt: skip
         yield "--out of 5,000 letters", functools.partial(self.refused, *short, "--out", "y" * 5000)
-        own = [self.compressed, self.two_runs, self.killed_run, self.wrong_kinds, self.full_stdout, self.ascii_terminal]
-        for case in (*own, self.no_pillow, self.old_is_kept, self.untrained, self.interrupted_early):
+        for case in (
+            self.compressed, self.two_runs, self.killed_run, self.foreign_lock, self.wrong_kinds, self.full_disk_later,
+            self.full_stdout, self.ascii_terminal, self.no_pillow, self.old_is_kept, self.untrained,
+            self.interrupted_early, self.interrupted_late,
+        ):  # fmt: skip
             yield case.__name__.replace("_", " "), case
 
     def edited(self, out, arrays, what, more):
@@ -139,12 +145,12 @@ class Folder:
         self.refused("--resume", "--steps", "30", "--out", "small", reason="compressed")
 
     def two_runs(self):
-        """A folder in which another process is at work."""
-        (self.path / self.copy("busy") / "lock").write_text(str(os.getpid()))
+        """A folder that another process is using."""
+        (self.path / self.copy("busy") / "lock").write_text(str(os.getppid()))
         self.refused(*SHORT[self.name], "--out", "busy", reason="in use")
 
     def killed_run(self):
-        """The lock of a run that is no more is no hindrance."""
+        """The lock of a dead run does not block a new one."""
         (self.path / self.copy("dead") / "lock").write_text("4999999")
         code, _, err = run(self.path, "mlx", "--resume", "--steps", "0", "--out", "dead")
         assert code == 0 and not (self.path / "dead/lock").exists(), err
@@ -155,9 +161,24 @@ class Folder:
             (self.path / f"kinds_{file}" / file).mkdir(parents=True)
             self.refused(*SHORT[self.name], "--out", f"kinds_{file}")
 
+    def foreign_lock(self):
+        """The user's own file with the name of the lock."""
+        lock = self.path / self.copy("mine") / "lock"
+        lock.write_text("my bicycle")
+        self.refused(*SHORT[self.name], "--out", "mine", reason="no lock")
+        assert lock.read_text() == "my bicycle"
+
+    def full_disk_later(self):
+        """A disk that is full once the checkpoint has been written: the plots and texts after it do not fit."""
+        for file in ("curve.png", FOLDERS[self.name].files[0]):
+            (self.path / f"full_{file}").mkdir()
+            (self.path / f"full_{file}" / file).symlink_to("/dev/full")
+            self.refused(*SHORT[self.name], "--out", f"full_{file}", reason="make room")
+            assert (self.path / f"full_{file}/ckpt.npz").stat().st_size == len(self.before)
+
     def full_stdout(self):
         with open("/dev/full", "w") as full:
-            self.refused("--resume", "--steps", "0", "--out", self.copy("full"), stdout=full, stderr=subprocess.PIPE)
+            self.refused("--resume", "--steps", "0", "--out", self.copy("full"), stdout=full)
 
     def ascii_terminal(self):
         command = [sys.executable, *"train.py --backend mlx --resume --steps 0 --out".split(), self.copy("ascii")]
@@ -171,7 +192,7 @@ class Folder:
         self.refused(*SHORT[self.name], "--out", "pillow", env={"PYTHONPATH": "without"}, reason="pip install")
 
     def old_is_kept(self):
-        """A new run says what becomes of a checkpoint, and keeps it beside its own."""
+        """A new run says what happens to the old checkpoint, and keeps it beside its own."""
         code, out, err = run(self.path, "mlx", *SHORT[self.name], "--seed", "5", "--out", self.copy("old"))
         assert code == 0 and "becomes ckpt.old.npz" in out.splitlines()[0], out + err
         assert (self.path / "old/ckpt.old.npz").read_bytes() == self.before != (self.path / "old/ckpt.npz").read_bytes()
@@ -181,7 +202,7 @@ class Folder:
         assert code == 0 and "weights are random" in out.splitlines()[0], out + err
 
     def interrupted_early(self):
-        """Ctrl-C while libraries are imported, data loaded or the first step made: no traceback."""
+        """Ctrl-C while importing libraries, loading data or making the first step: no traceback."""
         command = [sys.executable, "train.py", "--backend", "mlx", *SHORT[self.name][2:], "--steps", "100000"]
         for i, wait in enumerate((0, 0.2, 1)):
             pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -193,33 +214,41 @@ class Folder:
             _, err = process.communicate(timeout=60)
             assert process.returncode in (130, -signal.SIGINT) and not err, f"after {wait} s: {err[-300:]}"
 
+    def interrupted_late(self):
+        """Ctrl-C in the last step, or in the evaluation and sampling after it: no traceback, nothing lost."""
+        command = [sys.executable, "-u", "train.py", "--backend", "mlx", *SHORT[self.name]]
+        for i, wait in enumerate((0, 0.02, 0.1)):
+            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen([*command, "--out", f"late{i}"], cwd=self.path, env=environment("mlx"), **pipes)
+            while process.stdout.readline().startswith(f"{self.name}: "):  # the line of the last step comes next
+                pass
+            time.sleep(wait)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+            assert process.returncode in (0, 130, -signal.SIGINT) and not err, f"after {wait} s: {err[-300:]}"
+            assert (self.path / f"late{i}/ckpt.npz").stat().st_size == len(self.before)
 
-def attack(name, place, threads=2):
-    """The outcomes of all cases of a folder: [(what, the reason of a failure or None), ...]."""
-    folder = Folder(name, place)
 
-    def attempt(case):
-        try:
-            case[1]()
-        except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
-            return case[0], str(error).strip().replace("\n", " | ") or repr(error)
-        return case[0], None
-
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(attempt, folder.cases()))
+def attack(name):
+    """How many cases of a folder there are, and those that failed: [(what, the reason), ...]."""
+    n, failures = 0, []
+    with tempfile.TemporaryDirectory() as place:
+        for n, (what, case) in enumerate(Folder(name, place).cases(), 1):
+            try:
+                case()
+            except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
+                failures.append((what, str(error).strip().replace("\n", " | ") or repr(error)))
+    return n, failures
 
 
 def main():
-    passed = failed = 0
-    for name in sys.argv[1:] or FOLDERS:
-        with tempfile.TemporaryDirectory() as place:
-            outcomes = attack(name, place, threads=os.cpu_count())
-        for what, reason in outcomes:
-            if reason:
+    passed, failed, names = 0, 0, sys.argv[1:] or list(FOLDERS)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name, (n, failures) in zip(names, pool.map(attack, names)):
+            for what, reason in failures:
                 print(f"{name}: {what}: {reason}", flush=True)
-        wrong = sum(reason is not None for _, reason in outcomes)
-        passed, failed = passed + len(outcomes) - wrong, failed + wrong
-        print(f"{name:12} {len(outcomes) - wrong} of {len(outcomes)}", flush=True)
+            passed, failed = passed + n - len(failures), failed + len(failures)
+            print(f"{name:12} {n - len(failures)} of {n}", flush=True)
     print(f"{passed} passed, {failed} failed")
     return failed > 0
 

@@ -1,4 +1,4 @@
-"""The tests run in a process for each core, four at most; the one that you started prints what they report."""
+"""The tests run in one process per core, at most four; the one that you started prints what they report."""
 
 import ast
 import os
@@ -8,12 +8,12 @@ import tempfile
 from queue import Queue
 from threading import Thread
 
-CLAIMS = os.environ.get("CLAIMS")  # in those processes: a folder in which they leave word of what they took up
+CLAIMS = os.environ.get("CLAIMS")  # in those processes: a folder where they note which tests they took
 PROCESSES = min(4, os.cpu_count() or 1)
 
 
 def groups(items):
-    """Tests that prepare the same things, those of one file about one folder, stay together."""
+    """Tests that share their preparation, those of one file about one folder, stay together."""
     parts = {}
     for item in items:
         name = getattr(item, "callspec", None) and item.callspec.params.get("name")
@@ -22,7 +22,7 @@ def groups(items):
 
 
 def work(session):
-    """Take one group after another that no other process has taken, and run it."""
+    """Take and run one group after another that no other process has taken."""
     reports = os.fdopen(int(os.environ["REPORTS"]), "w")
 
     class Reporter:
@@ -42,7 +42,7 @@ def work(session):
 
 
 def follow(config, claims, queue):
-    """Start one such process, and put its reports into the queue; None at its end."""
+    """Start one such process, and put its reports into the queue, None at the end."""
     out, into = os.pipe()
     threads = str(max(1, (os.cpu_count() or 1) // PROCESSES))
     env = {**os.environ, "CLAIMS": claims, "REPORTS": str(into), "OMP_NUM_THREADS": threads}

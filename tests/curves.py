@@ -1,7 +1,7 @@
 """Do the twins learn the same?  python tests/curves.py [FOLDER ...]
 
-Trains the small setting of each folder in both frameworks and draws both curves of the loss over each other, a panel a
-folder, in tests/curves.png; each panel names the largest difference between two points of one step.
+Trains the small setting of each folder in both frameworks and plots both loss curves on top of each other, a panel per
+folder, in tests/curves.png; each panel names the largest difference at any step.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 from folders import BACKENDS, FOLDERS, ROOT, environment, make_run
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT, STYLE = 620, 360, {"torch": ((31, 119, 180), 9), "mlx": ((255, 214, 90), 3)}  # torch below, MLX upon it
+WIDTH, HEIGHT, STYLE = 620, 360, {"torch": ((31, 119, 180), 9), "mlx": ((255, 214, 90), 3)}  # torch below, MLX on top
 
 
 def train(name, backend):

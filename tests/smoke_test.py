@@ -1,8 +1,8 @@
 """Does every folder run, alone and in both frameworks, and learn?  python tests/smoke_test.py [torch|mlx] [FOLDER ...]
 
 Copies each folder to an empty place, runs its train.py there for a few seconds, checks a figure against a bound that an
-untrained model misses, and looks at the files that it wrote. Needs the five packages only. With --device cuda
-(mps, gpu ...) it runs there, and on the CPU too: a figure that is another there means arithmetic that can't be trusted.
+untrained model fails, and checks the files that it wrote. Needs only the five packages. With --device cuda (mps, gpu
+...) it runs there, and on the CPU too: if the figures differ, the arithmetic there can't be trusted.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from PIL import Image
 
 
 def check(name, backend, place, device="cpu"):
-    """The short run of one folder: raises AssertionError with the reason if anything is not as promised."""
+    """The short run of one folder: raises AssertionError with the reason if it breaks a promise."""
     folder, result = FOLDERS[name], smoke(name, backend, place, device)
     figure, sign, bound = folder.learned
     assert result["backend"] == backend and result["params"] > 0 and result["seconds"] <= result["wall"]
@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc):
 
 
 def test_smoke(name, tmp_path):
-    """The short runs of both frameworks are as promised, and end at the same figure."""
+    """The short runs of both frameworks keep their promises, and end with the same figure."""
     a, b = (check(name, backend, tmp_path)[FOLDERS[name].learned[0]] for backend in BACKENDS)
     assert abs(a - b) < 0.01 * abs(b), f"{a} with torch, {b} with MLX"
 

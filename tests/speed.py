@@ -1,7 +1,7 @@
 """How fast do the default runs train here?  python tests/speed.py [FOLDER ...]
 
-Prints a row a folder: tokens or samples a second in the training step, in both frameworks; in brackets its operations
-a second as a share of those in products of 1024x1024 matrices by the same framework.
+Prints a row per folder: tokens or samples per second in the training step, in both frameworks; in brackets its
+operations per second as a share of those in products of 1024x1024 matrices in the same framework.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import time
 from folders import BACKENDS, FOLDERS, ROOT, environment
 
 WARM, TIMED = 5, 20  # steps
-TOKENS = {"rnn", "gpt", "llama"}  # the others learn samples: pictures, points, pairs of sentences
+TOKENS = {"rnn", "gpt", "llama"}  # the others have samples: images, points, pairs of sentences
 
 
 def median(function, n):
@@ -37,7 +37,7 @@ def measure(name, backend, out):
     net = importlib.import_module(f"model_{backend}")
 
     def timed(trainer, *arrays, **more):
-        def once():  # a figure of the step waits until it is computed
+        def once():  # reading a figure waits until it is computed
             return [float(value) for value in step(trainer, *arrays, **more).values()]
 
         median(once, WARM)
@@ -55,7 +55,7 @@ def measure(name, backend, out):
 
 
 def operations(function):
-    """The floating-point operations of a call, attention by its plain form, which the counter knows."""
+    """The floating-point operations of a call, with attention in its plain form, which the counter knows."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,7 +65,7 @@ def operations(function):
 
 
 def peak(backend, n=1024):
-    """Floating-point operations a second in products of two n x n matrices."""
+    """Floating-point operations per second in products of two n x n matrices."""
     if backend == "torch":
         import torch
 

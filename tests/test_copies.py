@@ -1,11 +1,11 @@
-"""What two folders have under one name is the same text in both: the price of copying one folder."""
+"""Functions of the same name have the same text in all folders: the price of folders that can be copied alone."""
 
 import ast
 
 import pytest
 from folders import FOLDERS, ROOT, load_file
 
-OWN = {  # one name, but each folder's own
+OWN = {  # the same name, but different in each folder
     "train.py": {"read_args", "rate", "defaults"},
     "data.py": {"BytePairs"},
     "model_torch.py": {"init_weights", "loss_fn", "generate", "get_weights", "set_weights", "to_numpy", "from_numpy"},

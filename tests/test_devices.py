@@ -1,4 +1,4 @@
-"""What can be known of devices that are not here: no step waits for the host, and none asks MPS for what it lacks."""
+"""What can be tested without the devices: no step waits for the host, and none uses what MPS lacks."""
 
 from contextlib import contextmanager, nullcontext
 from unittest import mock
@@ -9,7 +9,7 @@ from folders import CASES, batches, load, make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-LACKING = {  # on Apple's GPUs, of what a network might use (torch 2.13); and no number there has 64 bits and a point
+LACKING = {  # missing on Apple's GPUs, of what a network might use (torch 2.13); nor is there float64
     "aten.linalg_lstsq", "aten.linalg_svd", "aten.linalg_eig", "aten.linalg_qr", "aten._linalg_eigh", "aten.histc",
     "aten.grid_sampler_3d", "aten.max_pool3d_with_indices", "aten.avg_pool3d", "aten._ctc_loss", "aten.logcumsumexp",
     "aten.igamma", "aten.lgamma", "aten.digamma", "aten.polygamma", "aten.special_i1", "aten._pdist_forward",
@@ -18,7 +18,7 @@ WAITING = {"aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.
 
 
 class AppleGPU(TorchDispatchMode):
-    """Refuses what is not to be had on MPS, and what makes the host wait for the device."""
+    """Refuses what MPS lacks, and what makes the host wait for the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func).rsplit(".", 1)[0]
@@ -53,7 +53,7 @@ def test_step(name, i):
 
 @pytest.mark.parametrize("careless, reason", [(float, "_local_scalar_dense"), (lambda loss: loss.double(), "64 bits")])
 def test_a_fault_is_noticed(careless, reason):
-    """The same test fails where a step does wait, or takes 64 bits."""
+    """The same test fails if a step does wait, or uses 64 bits."""
     net, trainer = load("gpt", "torch"), on_meta("gpt", 0)
     with mock.patch.object(net, "loss_fn", lambda *args, right=net.loss_fn: careless(right(*args))), apple():
         with pytest.raises((RuntimeError, AssertionError), match=reason):

@@ -1,4 +1,4 @@
-"""Downloads: a second address, a checksum, and no half file that passes for the whole."""
+"""Downloads: a second address, a checksum, and no partial file that passes for a complete one."""
 
 import functools
 import hashlib
@@ -40,7 +40,7 @@ def test_second_address(home, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     path = fetch("sets/a.bin", MD5, f"{home}/missing", f"{home}/short", f"{home}/other", f"{home}/good")
     assert path == tmp_path / "sets/a.bin" and path.read_bytes() == CONTENT
-    assert fetch("sets/a.bin", MD5) == path  # there already: no address is asked
+    assert fetch("sets/a.bin", MD5) == path  # already there: nothing is requested
     assert [file.name for file in (tmp_path / "sets").iterdir()] == ["a.bin"]
 
 
@@ -53,7 +53,7 @@ def test_nothing_half(home, tmp_path, monkeypatch, capsys):
 
 
 def test_folder_of_downloads(tmp_path):
-    """A folder data/ beside data.py, where downloads lie, does not stand in for it."""
+    """A folder data/ beside data.py, where downloads go, does not shadow it."""
     folder = copy_alone("mlp", tmp_path / "mlp")
     (folder / "data").mkdir()
     code, _, err = run(folder, "mlx", "--steps", "2")

@@ -1,10 +1,10 @@
-"""A flag that no other test turns does change the result of a short run: none is without effect."""
+"""Flags that no other test changes do change the result of a short run: none is without effect."""
 
 import json
 
 import pytest
 from adversary import SHORT
-from folders import FOLDERS, copy_alone, run
+from folders import FOLDERS, copy_alone, run_here
 
 TURNED = {  # flags before the |, if any, are in both runs
     "mlp": ["--seed 1", "--activation tanh", "--optimizer sgd", "--lr 0.5"],
@@ -21,8 +21,8 @@ TURNED = {  # flags before the |, if any, are in both runs
 
 
 def figures(folder, *args):
-    """What the result line says, but for what differs from run to run."""
-    code, out, err = run(folder, "mlx", *args)
+    """The result line, except what differs from run to run."""
+    code, out, err = run_here(folder, "mlx", *args)
     assert code == 0, err
     result = json.loads(out.splitlines()[-1].removeprefix("result "))
     return {name: x for name, x in result.items() if name != "seconds" and "per_s" not in name and name != "files"}
@@ -36,4 +36,4 @@ def test_effect(name, tmp_path):
         if both not in seen:
             seen[both] = figures(folder, *SHORT[name], *both.split())
         assert figures(folder, *SHORT[name], *both.split(), *more.split()) != seen[both], turned
-    assert figures(folder, *SHORT[name]) == seen[""]  # and the same again gives the same
+    assert figures(folder, *SHORT[name]) == seen[""]  # and a repeated run gives the same

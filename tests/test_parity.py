@@ -51,7 +51,7 @@ def test_gradients(name, i):
 
 @pytest.mark.parametrize("name, i", CASES)
 def test_curves(name, i):
-    """The same losses step after step; and then the two say the same of a batch, and write the same."""
+    """The same losses step by step; then both give the same outputs for a batch, and write the same."""
     steps, curves, outputs = batches(name, i, FOLDERS[name].curve[i]), [], []
     for backend in ("torch", "mlx"):
         trainer = make_trainer(name, i, backend)
@@ -65,7 +65,7 @@ def test_curves(name, i):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name, i", CASES)
 def test_overfit(name, i, backend):
-    """One batch is learnt by heart."""
+    """One batch is memorised."""
     folder, arrays, trainer = FOLDERS[name], batches(name, i, 1)[0], make_trainer(name, i, backend)
     losses = [float(trainer.step(*arrays, lr=folder.lr)["loss"]) for _ in range(folder.overfit[0])]
     assert losses[-1] < folder.overfit[1], f"from {losses[0]:.3f} to {losses[-1]:.3f}"

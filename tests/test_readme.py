@@ -1,10 +1,10 @@
-"""What README.md names is there: folders, classes, functions, flags and pictures."""
+"""What README.md names exists: folders, classes, functions, flags and images."""
 
 import re
 import shlex
 
 import pytest
-from folders import BACKENDS, FOLDERS, ROOT, make_args
+from folders import BACKENDS, FOLDERS, ROOT, copy_alone, make_args, run_here
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHAPTERS = README.split("## From the chapters to the code")[-1]
@@ -16,7 +16,7 @@ def text_of(name):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_chapters(name):
-    """In the books' map a folder's link is followed by its classes, functions and flags."""
+    """In the map of the books, a folder's link is followed by its classes, functions and flags."""
     texts = re.findall(rf"\[{name}\]\([^)]*\)([^|\[]*)", CHAPTERS)
     assert texts, f"no chapter leads to {name}"
     text = text_of(name)
@@ -28,13 +28,22 @@ def test_chapters(name):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_commands(name):
-    """Each command shown is one that the folder's train.py takes: its flags are there, their values in range."""
+def test_commands(name, tmp_path):
+    """train.py accepts each command; those before the table of figures run, in order, for two steps."""
     commands = re.findall(rf"python {name}/train\.py([^`\n]*)", README)
     assert len(commands) > 2, f"few commands of {name} are shown"
-    for command in commands:
-        args = make_args(name, *(word for word in shlex.split(command) if word not in ("--resume", "--backend", "mlx")))
-        assert args.steps >= 0
+    begin = re.findall(rf"python {name}/train\.py([^`\n]*)", README.split("## Measured figures")[0])
+    folder = copy_alone(name, tmp_path / name)
+    (tmp_path / "houses.csv").write_text("a,b,price\n" + "1,2,3.5\n3,4,7\n" * 20)
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n3,4\n")
+    for command in dict.fromkeys(commands):
+        words = shlex.split(command)
+        make_args(name, *(word for word in words if word not in ("--resume", "--backend", "mlx")))
+        if command not in begin or "chat" in command:  # a dialogue takes longer: test_gpt.py has short ones
+            continue
+        short = [] if "--resume" in words else ["--steps", "2"]  # of two --steps the second counts
+        code, _, err = run_here(folder, "torch", *words, *short, cwd=tmp_path)
+        assert code == 0, f"{command}: {err}"
 
 
 def test_side_by_side():

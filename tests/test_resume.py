@@ -1,17 +1,32 @@
-"""A run that is stopped, killed or moved to the other framework goes on as if nothing had happened."""
+"""A run that is stopped, killed, moved to the other framework or shared continues as if nothing had happened."""
 
 import json
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from folders import BACKENDS, CASES, FOLDERS, SOME, batches, copy_alone, load, make_trainer, run, start
+from folders import (
+    BACKENDS,
+    CASES,
+    FOLDERS,
+    SOME,
+    batches,
+    copy_alone,
+    environment,
+    load,
+    make_run,
+    make_trainer,
+    run,
+    start,
+)
 
-LONG = {  # the steps of a run of a second or two, and its other arguments
-    "mlp": (800, ["--hidden", "32"]),
+LONG = {  # the steps of a run of one or two seconds, and its other arguments
+    "mlp": (3000, ["--hidden", "32"]),
     "cnn": (500, ["--channels", "2", "4", "16", "--batch-size", "8"]),
     "gpt": (120, ["--block-size", "16", "--n-layer", "1", "--n-embd", "32", "--tokens", "20"]),
     "transformer": (150, ["--task", "classify", "--width", "16", "--n-layer", "1", "--batch-size", "8"]),
@@ -19,7 +34,7 @@ LONG = {  # the steps of a run of a second or two, and its other arguments
     "autoencoder": (300, ["--hidden", "32", "--count", "500"]),
     "gan": (300, ["--model", "gan", "--hidden", "16", "--count", "500", "--batch-size", "16"]),
     "llama": (120, ["--block-size", "16", "--n-layer", "1", "--n-embd", "32", "--tokens", "20"]),
-    "diffusion": (150, "--widths 8 8 --count 100 --batch-size 8 --sample-steps 2".split()),
+    "diffusion": (300, "--widths 8 --fold 4 --count 100 --batch-size 8 --sample-steps 2".split()),
 }
 
 
@@ -74,7 +89,7 @@ def test_what_does_not_fit_is_refused(name, i, tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FOLDERS)
 def test_death_in_the_middle_of_a_save(name, backend, tmp_path, monkeypatch):
-    """Half a file never stands in the place of a whole one."""
+    """A partial file never replaces a complete one."""
 
     def die(file, **arrays):
         file.write(b"half")
@@ -126,3 +141,63 @@ def test_interrupted(name, backend, tmp_path):
     assert a.keys() == b.keys()
     for key in a:
         assert (a[key] == b[key]).all(), f"{key} differs"
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def start_several(n, folder, backend, *args):
+    """n processes that share a run over local addresses, started as by torchrun and mlx.launch."""
+    found = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [str(s.getsockname()[1]) for s in found]
+    for s in found:
+        s.close()
+    (folder / "hosts").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    env = {**environment(backend), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0], "WORLD_SIZE": str(n)}
+    command = [sys.executable, "train.py", "--backend", backend, "--device", "cpu", *map(str, args)]
+    return [
+        subprocess.Popen(
+            command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**env, "RANK": str(i), "LOCAL_RANK": str(i), "MLX_RANK": str(i), "MLX_HOSTFILE": f"{folder}/hosts"},
+        )
+        for i in range(n)
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_processes(name, backend, tmp_path):
+    """Ctrl-C in one of two stops both after the same step; the result is that of one process; one or three continue."""
+    folder, ckpt = copy_alone(name, tmp_path / name), tmp_path / name / "two/ckpt.npz"
+    args = "--steps 1000 --block-size 16 --n-layer 1 --n-embd 32 --tokens 5 --batch-size 9 --accumulate 2".split()
+    args += "--optimizer adamw --lr 1e-4".split()
+    two = start_several(2, folder, backend, *args, "--out", "two")
+    while not ckpt.exists() and two[0].poll() is None:
+        time.sleep(0.01)
+    two[1].send_signal(signal.SIGINT)
+    said = [process.communicate(timeout=300) for process in two]
+    assert [process.returncode for process in two] == [130, 130] and not (said[0][1] or said[1][1]), said
+    step = json.loads(str(arrays_of(ckpt)["meta"]))["step"]
+    assert f"goes on from step {step}" in said[0][0] and not said[1][0] and 0 < step < 1000
+    task, trainer, rate = make_run(name, *args, backend=backend)
+    losses = [float(trainer.step(*task.batch(i), lr=rate(i))["loss"]) for i in range(step)]
+    for row in map(json.loads, (ckpt.parent / "log.jsonl").read_text().splitlines()):
+        assert row["loss"] == pytest.approx(losses[row["step"] - 1], abs=1e-4)
+    assert losses[-1] < losses[0] - 0.01
+    shutil.copytree(ckpt.parent, folder / "three")
+    for out in (folder / "two", folder / "three"):  # after so many steps, and after three more
+        trainer.save(tmp_path / "one.npz", 0)
+        for key, a in arrays_of(tmp_path / "one.npz").items():
+            if key != "meta":
+                atol = 1e-3 * np.abs(a).max()
+                np.testing.assert_allclose(arrays_of(out / "ckpt.npz")[key], a, rtol=0, atol=atol, err_msg=key)
+        if out.name == "two":
+            more = ["--steps", step + 3, "--lr", 0.01]
+            three = start_several(3, folder, backend, "--resume", "--out", "three", *more)
+            said = [process.communicate(timeout=300) for process in three]
+            assert [process.returncode for process in three] == [0] * 3 and said[0][0].count("result ") == 1, said
+            assert trainer.load(ckpt) == step
+            _, _, rate = make_run(name, *args, *more, backend=backend)
+            for i in range(step, step + 3):
+                trainer.step(*task.batch(i), lr=rate(i))

@@ -1,4 +1,4 @@
-"""What holds of every task: what is held out stays out, and the learning rate is the recipe's."""
+"""What holds for every task: held-out data stay out, and the learning rate follows the recipe."""
 
 import functools
 import json
@@ -11,13 +11,13 @@ SEA = "\u6d77"  # a letter that no training part has
 
 
 def other_end(text):
-    """A text whose last tenth, which is held out, is another."""
+    """A text whose last tenth, which is held out, is changed."""
     cut = len(text) * 9 // 10
     return text[:cut] + "".join(c if i % 9 else SEA for i, c in enumerate(text[cut:][::-1]))[: len(text) - cut]
 
 
 def spoil_second(make):
-    """A function that makes training data as before when first called, and nonsense for what is held out."""
+    """A function that makes training data as before when first called, and nonsense for the held-out data."""
     calls = []
 
     @functools.wraps(make)
@@ -51,7 +51,7 @@ def last_tenth(dialogues):
     return dialogues[:cut] + [[("user", SEA), ("assistant", SEA)]] * (len(dialogues) - cut)
 
 
-POISONED = [  # folder, command line, the function of data.py that gives the data, how what is held out becomes another
+POISONED = [  # folder, command line, the function of data.py that gives the data, how the held-out data are changed
     ("mlp", ["--task", "spiral"], "make_spiral", spoil_second),
     ("mlp", ["--task", "binary"], "make_moons", spoil_second),
     ("mlp", ["--task", "regression"], "make_sine", spoil_second),
@@ -74,21 +74,28 @@ POISONED = [  # folder, command line, the function of data.py that gives the dat
 ]
 
 
+@functools.cache
+def once(name, source):
+    """A function of data.py that computes each answer once, for all tests here."""
+    return functools.cache(getattr(load_file(name, "data"), source))
+
+
 def learned(task):
-    """All that a network can learn from: the batches of three steps, and what is known of the data."""
+    """All that a network can learn from: the batches of three steps, and the metadata."""
     batches = [np.asarray(a) for step in range(3) for a in task.batch(step)]
     return json.dumps([task.config, task.extra], default=str), batches
 
 
 @pytest.mark.parametrize("name, argv, source, poison", POISONED, ids=lambda x: x if isinstance(x, str) else "")
 def test_held_out_stays_out(name, argv, source, poison, monkeypatch, tmp_path):
-    """Batches, alphabets, vocabularies and means are the same whatever is held out; the figures on it are not."""
+    """Batches, alphabets, vocabularies and means do not depend on the held-out data; the figures on it do."""
     monkeypatch.chdir(tmp_path)
     talk = [{"messages": [{"role": r, "content": f"{r} {i}"} for r in ("user", "assistant")]} for i in range(40)]
     (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, talk)))
+    data, make = load_file(name, "data"), once(name, source)
+    monkeypatch.setattr(data, source, make)
     usual, batches = learned(make_task(name, *argv))
-    data = load_file(name, "data")
-    monkeypatch.setattr(data, source, poison(getattr(data, source)))
+    monkeypatch.setattr(data, source, poison(make))
     other, poisoned = learned(make_task(name, *argv))
     assert other == usual
     assert all(np.array_equal(a, b) for a, b in zip(batches, poisoned, strict=True))
@@ -109,7 +116,7 @@ RATES = {  # the rate over the highest: at step 0, in the middle and at the last
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_rate(name, tmp_path):
-    """The learning rate as Trainer.step is given it rises and falls as the recipe says, to a peak of --lr."""
+    """The learning rate passed to Trainer.step rises and falls as in the recipe, with a peak of --lr."""
     train, seen = load_file(name, "train"), []
 
     class Trainer:

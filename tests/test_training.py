@@ -1,4 +1,4 @@
-"""What holds of all nine trainers: what decays, what evaluation leaves alone, and that no field of a Config is idle."""
+"""What holds for all nine trainers: what decays, what evaluation leaves alone, and that every Config field matters."""
 
 from dataclasses import fields, replace
 
@@ -19,7 +19,7 @@ def state(trainer, path):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name, i", DECAYING)
 def test_decay(name, i, backend):
-    """A step takes lr weight_decay of each matrix and filter away, and nothing of biases and norms."""
+    """A step removes the share lr weight_decay of each matrix and filter, and nothing of biases and norms."""
     batch, after = batches(name, i, 1)[0], []
     for decay in (0.0, 0.5):
         trainer = make_trainer(name, i, backend, weight_decay=decay)
@@ -40,7 +40,7 @@ def trainer_weights(trainer, name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name, i", CASES)
 def test_evaluate(name, i, backend, tmp_path):
-    """Evaluation says the same twice, also where training drops units, and leaves weights and moments as they are."""
+    """Evaluation is repeatable, even if training uses dropout, and leaves weights and moments unchanged."""
     idle = {"dropout": 0.5} if hasattr(load(name, backend).Config, "dropout") else {}
     trainer, batch = make_trainer(name, i, backend, **idle), batches(name, i, 1)[0]
     trainer.step(*batch, lr=1e-3)
@@ -57,7 +57,7 @@ EVALUATE["rnn"] = lambda trainer, x, y, keep=None, *beside: trainer.evaluate(x, 
 
 
 def measured(name, config, path):
-    """What a Config leads to: its starting weights, two steps, the weights after them, what it then says."""
+    """What a Config leads to: initial weights, two steps, the weights after them, the outputs."""
     trainer = load(name, "torch").Trainer(config, device="cpu")
     seen = list(state(trainer, path).values())
     for step in range(2):
@@ -73,7 +73,7 @@ def differ(a, b):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_config(name, tmp_path):
-    """Each number of Config changes, when it is another, something that is measured in one of the small models."""
+    """Changing any number of Config changes something that is measured in one of the small models."""
     net = load(name, "torch")
     configs = [net.Config(**config) for config in FOLDERS[name].configs]
     idle = {field.name for field in fields(net.Config) if type(field.default) in (int, float)}
@@ -85,7 +85,7 @@ def test_config(name, tmp_path):
                 try:
                     changed = measured(name, replace(config, **{field: type(value)(other)}), tmp_path / "b.npz")
                 except Exception:
-                    continue  # it must fit other fields
+                    continue  # it must match other fields
                 if differ(usual, changed):
                     idle.discard(field)
                     break

@@ -1,4 +1,4 @@
-"""The shape of the collection: what stands where, what is imported, and that twins are twins."""
+"""The structure of the collection: which files there are, what they import, and that twins are twins."""
 
 import ast
 import subprocess

@@ -1,6 +1,6 @@
-"""What there is to learn: pairs of sentences, pictures by class, pictures and their captions.
+"""The tasks: translate sentences, classify images, match images and captions.
 
-One class a task, all in numpy. A new task is one more class, named in TASKS at the end.
+One class per task, all in numpy. To add a task, write one more class and add it to TASKS at the end.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import numpy as np
 import tiktoken
 from PIL import Image, ImageDraw, ImageFont
 
-PAD, BOS, EOS = 0, 1, 2  # tokens: nothing, the beginning and the end of a sentence
+PAD, BOS, EOS = 0, 1, 2  # tokens: padding, the beginning and the end of a sentence
 
 # ---- what every folder has, the same to the letter -------------------------------------------------------------------
 
 
 def fail(message):
-    """Bad input ends the run: one line that says what and how to mend it, exit code 2."""
+    """End the run on bad input: one line that says what is wrong and how to fix it, exit code 2."""
     print("train.py:", " ".join(str(message).split())[:1000], file=sys.stderr)
     raise SystemExit(2)
 
@@ -66,7 +66,7 @@ def read_meta(path, model):
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
                 raise ValueError("a part is damaged or compressed")
             meta = json.loads(str(f["meta"]))
-        most = max(1 << 20, path.stat().st_size)  # no size of a model is more than the bytes of its weights
+        most = max(1 << 20, path.stat().st_size)  # no dimension of a model exceeds its file's size in bytes
         for name, value in meta["config"].items():
             if isinstance(value, (int, float)) and not 0 <= value <= (most if isinstance(value, int) else 1e9):
                 raise ValueError(f"its {name} is {value}")
@@ -79,14 +79,14 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} is no checkpoint to go on from ({reason}): train anew without --resume, or name another --out")
+    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
-    """The arguments; and with --resume what the checkpoint remembers, else None.
+    """The arguments and, with --resume, the checkpoint's metadata, else None.
 
-    A flag that is not given is as in the checkpoint, or as defaults() says. A resumed run may not change those of
-    `fixed`; it may change those of `kept`, which a checkpoint remembers, too.
+    A flag that is not given takes its value from the checkpoint, else from defaults(). Checkpoints save the flags of
+    both lists; a resumed run may not change those in `fixed`, but may change those in `kept`.
     """
     given = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not given
     parser.error, parser.formatter_class, saved, known = fail, Help, None, {}
@@ -98,12 +98,12 @@ def parse(parser, model, fixed, kept, defaults):
         known = {flag.dest: known[flag.dest] for flag in fixed + kept if flag.dest in known}
     for flag in fixed:
         asked, there = getattr(given, flag.dest), known.get(flag.dest)
-        if None not in (asked, there) and asked != there and flag.dest != "data":  # those are compared by their content
+        if None not in (asked, there) and asked != there and flag.dest != "data":  # data is compared by content
             fail(f"{flag.option_strings[0]} {asked} contradicts {out / 'ckpt.npz'}, which has {there}: leave it out")
     known |= {"data": given.data} if given.data else {}
     parser.set_defaults(out=out, **known)
     parser.set_defaults(**{**defaults(parser.parse_known_args()[0]), **known})
-    parser.add_argument("-h", "--help", action="help", help="show this and end")
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     args = parser.parse_args()
     args.memory = {flag.dest: getattr(args, flag.dest) for flag in fixed + kept}
     if saved:
@@ -112,17 +112,20 @@ def parse(parser, model, fixed, kept, defaults):
 
 
 def claim(args):
-    """Make the folder args.out this run's own until it ends; returns what its first line has to say of that."""
+    """Lock the folder args.out until the run ends; returns a note for the run's first line."""
     if args.rank:
         return ""
     args.out.mkdir(parents=True, exist_ok=True)
     lock, ckpt = args.out / "lock", args.out / "ckpt.npz"
     try:
         if (pid := int(lock.read_text())) != os.getpid():
-            os.kill(pid, 0)  # no signal: it asks whether there is such a process
-            fail(f"{args.out} is in use by process {pid}: wait for its end, or name another --out")
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        lock.unlink(missing_ok=True)  # of a run that was killed
+            os.kill(pid, 0)  # sends no signal, only checks that the process exists
+            fail(f"{args.out} is in use by process {pid}: wait until it ends, or choose another --out")
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # none, or left by a killed run
+    except (OverflowError, ValueError):
+        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+    lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
     atexit.register(lock.unlink, missing_ok=True)
@@ -132,7 +135,7 @@ def claim(args):
 
 
 def record(out, row, first):
-    """Append {figure: number} to OUT/log.jsonl, or begin it anew, and draw what is in it as OUT/curve.png."""
+    """Append {figure: number} to OUT/log.jsonl, or start a new log, and plot the log in OUT/curve.png."""
     log, names = out / "log.jsonl", [name for name in row if "step" not in name]
     rows = [] if first or not log.exists() else list(map(json.loads, log.read_text().splitlines()))
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
@@ -143,13 +146,13 @@ def record(out, row, first):
     for i, name in enumerate(names):
         x, y = np.array([(old["step"], old[name]) for old in rows if name in old]).T
         height = (y - y.min()) / (np.ptp(y) or 1)
-        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}", (60, 60, 60), font)
+        draw.text((20, 280 * i + 14), f"{name} {y[0]:.4g} to {y[-1]:.4g}, lowest {y.min():.4g}", (60, 60, 60), font)
         draw.line(list(zip(20 + 1240 * x / row["step"], 280 * i + 260 - 190 * height)), (31, 119, 180), 5)
     image.reduce(2).save(out / "curve.png")
 
 
 def digest(*arrays):
-    """A hash of what is learned from: by it a checkpoint knows its data, whatever their file is called."""
+    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -179,21 +182,21 @@ def fetch(file, md5, *urls):
 
 
 class Task:
-    """What train.py asks of a task. To add your own, write a class like those below and name it in TASKS.
+    """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Beside what stands here: batch(step), the arrays of Trainer.step, drawn from (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on data held out, for a log line of a part of them.
+    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
+    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
     """
 
-    config, extra, about = {}, {}, ""  # its part of the model's Config; what a checkpoint must know of it; a line
-    tokens = 0  # of a step, where tokens are counted
+    config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
+    tokens = 0  # per step, where tokens are counted
 
     def trainer(self, net, config):
-        """The Trainer that learns it."""
+        """The Trainer for this task."""
         return net.Trainer(config, seed=self.args.seed, device=self.args.device)
 
     def report(self, trainer):
-        """At the end: more figures, and the names of the files that it wrote to args.out."""
+        """At the end: more figures, and the names of the files written to args.out."""
         return {}, []
 
 
@@ -205,7 +208,7 @@ TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def to_english(n):
-    """12300 -> twelve thousand three hundred, for n below a thousand million"""
+    """12300 -> twelve thousand three hundred, for n below a billion"""
     words = []
     for unit, name in ((10**6, ["million"]), (1000, ["thousand"]), (1, [])):
         hundreds, rest = divmod(n // unit % 1000, 100)
@@ -234,13 +237,13 @@ def read_lines(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
-        fail(f"{path} is no text that can be read ({error}): name numbers, multi30k or a file in UTF-8")
+        fail(f"{path} can't be read as text ({error}): name numbers, multi30k or a file in UTF-8")
 
 
 def load_pairs(data, least):
-    """Pairs of sentences to train on, those held out, and those to test a model on that learned from other data.
+    """Pairs of sentences to train on, held-out pairs, and the pairs to test a model on that was trained on other data.
 
-    They are multi30k's, or those of a file that has one on each line, with a tab between the two.
+    They come from multi30k, or from a file with one pair per line and a tab between the two.
     """
     if data == "multi30k":
         place, parts = Path(os.environ.get("DATA_DIR") or Path(__file__).resolve().with_name("data")) / data, []
@@ -257,7 +260,7 @@ def load_pairs(data, least):
     pairs = [pair for line in lines if len(pair := tuple(line.split("\t")[:2])) == 2 and all(pair)]
     if len(pairs) < max(least, len(lines) // 2):
         fail(f"{data} must have {least} lines or more, each a sentence, a tab and its translation: it has {len(pairs)}")
-    held_out = set(pairs[::20])  # a pair that is there twice is in one part alone
+    held_out = set(pairs[::20])  # a pair that occurs twice is in one part only
     return [pair for pair in pairs if pair not in held_out], pairs[::20], pairs
 
 
@@ -280,13 +283,13 @@ class Symbols:
         return self.blank.join(self.symbols[i - 3] for i in ids)
 
 
-WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # what byte pairs are merged within
+WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # byte pairs are merged within such words
 
 
 def learn_bpe(text, n):
-    """Byte-pair encoding (Sennrich et al. 2016): n times the commonest pair of neighbours is made one token.
+    """Byte-pair encoding (Sennrich et al. 2016): n times, the most frequent pair of neighbours becomes one token.
 
-    Returns {token: rank}, bytes and int, the 256 single bytes first: what tiktoken encodes by.
+    Returns {token: rank}, bytes and int, the 256 single bytes first, as tiktoken needs it.
     """
     counts = Counter(re.findall(WORDS, text))
     words = [[bytes([b]) for b in word.encode()] for word in counts]
@@ -300,7 +303,7 @@ def learn_bpe(text, n):
     heapq.heapify(heap)
     while len(ranks) < 256 + n and heap:
         count, pair = heapq.heappop(heap)
-        if -count != pairs[pair]:  # it has become rarer since it was put there: back to its place
+        if -count != pairs[pair]:  # now rarer than when it was pushed: push it again
             if pairs[pair]:
                 heapq.heappush(heap, (-pairs[pair], pair))
             continue
@@ -354,9 +357,9 @@ def padded(rows):
 def bleu(answers, references):
     """BLEU (Papineni et al. 2002) of a list of sentences, each with a list of references, in percent.
 
-    The geometric mean of the shares of n-grams, n = 1 ... 4, that are in a reference too, times a penalty for brevity,
-    over all sentences at once. As sacreBLEU counts by default: tokens of mteval-v13a, capitals kept, and a share of
-    none of m counts as 1 / (2^k m) for the k-th such n. Where no word is right, or all answers are too short, it is 0.
+    The geometric mean of the n-gram precisions, n = 1 ... 4, times a brevity penalty, over all sentences at once. With
+    sacreBLEU's defaults: tokens of mteval-v13a, case-sensitive, and a precision of 0 / m counts as 1 / (2^k m) for the
+    k-th such n. If no word is right, or all answers are too short, it is 0.
     """
     right, total, n_answer, n_reference = np.zeros(4), np.zeros(4), 0, 0
     for answer, others in zip(answers, references):
@@ -378,7 +381,7 @@ def bleu(answers, references):
 
 
 def mteval_tokens(text):
-    """Words and signs, as mteval-v13a splits them."""
+    """Words and punctuation, as mteval-v13a splits them."""
     for name, sign in ("quot", '"'), ("amp", "&"), ("lt", "<"), ("gt", ">"):
         text = text.replace(f"&{name};", sign)
     text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", f" {text} ")
@@ -387,9 +390,9 @@ def mteval_tokens(text):
     return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
 
 
-# ---- pictures to learn from ------------------------------------------------------------------------------------------
+# ---- images to learn from --------------------------------------------------------------------------------------------
 
-IDX = {  # the two homes of a set, and the MD5 sums of its four files
+IDX = {  # two addresses of a dataset, and the MD5 sums of its four files
     "mnist": (
         "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
@@ -399,7 +402,7 @@ IDX = {  # the two homes of a set, and the MD5 sums of its four files
 
 
 def load_idx(name):
-    """A set of IDX: images (N, 28, 28) uint8 and labels (N,) of the training part, then of the test part."""
+    """A dataset of IDX: images (N, 28, 28) uint8 and labels (N,) of the training set, then of the test set."""
     homes, sums, arrays = *map(str.split, IDX[name]), []
     for stem, md5 in zip(("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"), sums):
         path = fetch(f"{name}/{stem}-ubyte.gz", md5, *(f"{home}/{stem}-ubyte.gz" for home in homes))
@@ -413,7 +416,7 @@ def load_idx(name):
 
 
 def make_digits(n, seed):
-    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); each has its own stroke, size, turn, shear and shift."""
+    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, turn, shear and shift are random."""
     rng = np.random.default_rng((seed, 28))
     font, glyphs = ImageFont.load_default(60), {}
     for digit in range(10):
@@ -440,7 +443,7 @@ def floats(images):
 
 
 def augment(x, shift, flip, rng):
-    """Images (B, H, W, C), each moved by up to `shift` pixels, the border repeated, and half of them mirrored."""
+    """Images (B, H, W, C), each shifted by up to `shift` pixels, the border repeated; with `flip`, half mirrored."""
     B, H, W, _ = x.shape
     down, right = rng.integers(-shift, shift + 1, (2, B, 1))
     rows, columns = (np.arange(H) + down).clip(0, H - 1), (np.arange(W) + right).clip(0, W - 1)
@@ -457,7 +460,7 @@ CAPTIONS = [f"{a} {b} {c} {d}" for a in SIZES for b in COLOURS for c in SHAPES f
 
 
 def draw_shape(caption, rng, size=32):
-    """What the caption says, (size, size, 3) uint8, with chance in its place, size, turn, hue and the background."""
+    """An image of the caption, (size, size, 3) uint8, with random place, size, turn, hue and background."""
     big, colour, shape, place = caption.split(" ", 3)
     r = rng.uniform(0.12, 0.15) if big == "small" else rng.uniform(0.22, 0.26)
     away = dict(zip(PLACES, ((-0.24, 0), (0.24, 0), (0, -0.24), (0, 0.24), (0, 0))))[place]
@@ -484,7 +487,7 @@ def draw_shape(caption, rng, size=32):
     return noisy.clip(0, 255).astype(np.uint8)
 
 
-# ---- pictures of what was learned ------------------------------------------------------------------------------------
+# ---- plots of what was learned ---------------------------------------------------------------------------------------
 
 PAPER, INK, GREEN = (250, 250, 247), (60, 60, 60), (44, 160, 44)
 FIGURES = "0 1 2 3 4 5 6 7 8 9 10 100 1000 10^4 10^8".split()  # Pillow's font has no Chinese
@@ -492,7 +495,7 @@ PLAIN = dict(zip("零一二三四五六七八九十百千萬億äöüÄÖÜß", 
 
 
 def draw_attention(p, source, target):
-    """How much each token of the target (a row) looks at each of the source (a column): p (T, S), darker is more."""
+    """How much each target token (a row) attends to each source token (a column): p (T, S), darker is more."""
     source, target = (["".join(PLAIN.get(c, c) for c in word) for word in words] for words in (source, target))
     side, left, top = 34, 110, 110
     image = Image.new("RGB", (left + side * len(source) + 20, top + side * len(target) + 20), PAPER)
@@ -511,7 +514,7 @@ def draw_attention(p, source, target):
 
 
 def draw_patches(images, p, texts, columns=4):
-    """Pictures (N, H, W, 1) uint8, and beside each where its class token looks: p (N, h, w)."""
+    """Images (N, H, W, 1) uint8, and beside each where its class token attends: p (N, h, w)."""
     side = 120
     image = Image.new("RGB", (columns * (2 * side + 24), math.ceil(len(images) / columns) * (side + 34)), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
@@ -527,7 +530,7 @@ def draw_patches(images, p, texts, columns=4):
 
 
 def draw_matches(images, texts, likeness, rows=8, columns=6):
-    """For some captions the pictures that are most like them; a frame marks those that it was written for."""
+    """For some captions, the most similar images; a frame marks those that belong to the caption."""
     image = Image.new("RGB", (250 + columns * 76, rows * 80 + 6), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for row, i in enumerate(range(0, len(texts), max(1, len(texts) // rows))[:rows]):
@@ -544,9 +547,9 @@ def draw_matches(images, texts, likeness, rows=8, columns=6):
 
 
 def score(trainer, arrays, whole, count=len):
-    """What Trainer.evaluate says of all rows, or of the first 200: the mean over parts of 100 rows.
+    """Trainer.evaluate on all rows, or on the first 200: the mean over parts of 100 rows.
 
-    A part has the weight that count says of its last array.
+    The weight of a part is count(its last array).
     """
     n, total = len(arrays[0]) if whole else min(200, len(arrays[0])), {}
     parts = [[a[i : min(i + 100, n)] for a in arrays] for i in range(0, n, 100)]
@@ -558,13 +561,13 @@ def score(trainer, arrays, whole, count=len):
 
 
 class Numbers:
-    """English number words and Chinese numerals. From a thousand on every tenth number, by its hash, is held out."""
+    """English number words and Chinese numerals. From a thousand up, a tenth of the numbers, by hash, is held out."""
 
     length, extra = 40, {}
-    about = "numbers below a thousand million, a tenth held out, of which 1,000 are tested"
+    about = "numbers below a billion, a tenth held out, of which 1,000 are tested"
 
     def __init__(self, args):
-        words = [*ONES, *TENS[2:], "hundred", "thousand", "million"]
+        self.args, words = args, [*ONES, *TENS[2:], "hundred", "thousand", "million"]
         self.sides = Symbols(words, " "), Symbols("零一二三四五六七八九十百千萬億", "")
         self.test = self.choose(1000, np.random.default_rng((args.seed, 3)), held_out=True)
 
@@ -577,15 +580,18 @@ class Numbers:
                 pairs.append((to_english(i), to_chinese(i)))
         return pairs
 
+    def batch(self, step):
+        return self.choose(self.args.batch_size, np.random.default_rng((self.args.seed, step, 1)))
+
     def measure(self, answers):
         """The share of numbers that are right to the last character."""
         return {"exact": sum(answer == b for answer, (_, b) in zip(answers, self.test)) / len(answers)}
 
 
 class Sentences:
-    """Sentences and their translations, as byte pairs that are learned from both languages of the training part.
+    """Sentences and their translations, as byte pairs learned from both languages of the training part.
 
-    Of a file every twentieth pair is held out; but a checkpoint that learned from other data is tested on all of it.
+    Every twentieth pair of a file is held out; but a checkpoint trained on other data is tested on the whole file.
     """
 
     length = 64
@@ -597,19 +603,25 @@ class Sentences:
         text = "\n".join(map("\n".join, train))
         ranks = (saved or {}).get("ranks") or [token.hex() for token in learn_bpe(text, args.merges)]
         self.sides = [BytePairs({bytes.fromhex(token): i for i, token in enumerate(ranks)})] * 2
-        self.train = sorted(train, key=lambda pair: len(pair[0]) + len(pair[1]))
+        self.args, self.train = args, train
+        # how many tokens each source has, and each target
+        self.lengths = [[len(side.encode(text)) for text in texts] for side, texts in zip(self.sides, zip(*train))]
         self.extra = dict(ranks=ranks, digest=digest(np.frombuffer(text.encode(), np.uint8)))
         if saved and saved.get("digest", self.extra["digest"]) != self.extra["digest"]:
             train, self.test = [], whole
         self.about = f"{args.data}: {len(train):,} pairs to train on, {len(self.test):,} held out"
 
-    def choose(self, n, rng):
-        """n pairs, neighbours in length, so that little is padding."""
-        i = rng.integers(0, len(self.train) - n + 1)
-        return self.train[i : i + n]
+    def batch(self, step):
+        """Pairs of about the same length, so that little is padding. An epoch has each pair at most once."""
+        n = self.args.batch_size
+        epoch, i = divmod(step, len(self.train) // n)
+        rng = np.random.default_rng((self.args.seed, epoch, 1))
+        order = np.lexsort((rng.random(len(self.train)), *self.lengths))  # by target, then source, then chance
+        start = rng.integers(len(order) % n + 1) + n * rng.permutation(len(order) // n)[i]
+        return [self.train[j] for j in order[start : start + n]]
 
     def measure(self, answers):
-        """BLEU over all that is held out."""
+        """BLEU over all held-out pairs."""
         return {"bleu": round(bleu(answers, [[b] for _, b in self.test]), 2)}
 
 
@@ -638,10 +650,10 @@ class Translate(Task):
         return self.source(a for a, _ in pairs), padded(tgt)
 
     def batch(self, step):
-        return self.arrays(self.pairs.choose(self.args.batch_size, np.random.default_rng((self.args.seed, step, 1))))
+        return self.arrays(self.pairs.batch(step))
 
     def evaluate(self, trainer, whole=False):
-        if whole:  # five examples, or the answer to --prompt, before the long evaluation
+        if whole:  # five examples, or the translation of --prompt, before the long evaluation
             for text, answer in zip(self.shown, self.translate(trainer, self.shown)):
                 print(f"{text}\n    -> {answer}", flush=True)
         return score(trainer, self.held_out, whole, lambda tgt: (tgt[:, 1:] != PAD).sum())  # its tokens
@@ -662,7 +674,7 @@ class Translate(Task):
 
 
 def refuse(args, *sets):
-    """End the run if it asks for what a task with pictures does not have."""
+    """End the run if it asks for something that a task with images does not have."""
     if args.data not in sets:
         fail(f"--data {args.data}: {args.task} has {' and '.join(sets)}")
     if args.prompt is not None:
@@ -670,7 +682,7 @@ def refuse(args, *sets):
 
 
 class Classify(Task):
-    """Pictures by class: which digit is it?"""
+    """Classify images: which digit is it?"""
 
     def __init__(self, args, saved):
         refuse(args, "digits", *IDX)
@@ -682,7 +694,7 @@ class Classify(Task):
         self.held_out = floats(self.test), np.int64(test_y)
         self.config = dict(model="vit", image=list(self.x.shape[1:]), n_out=10)
         self.extra = dict(digest=digest(self.x, self.y))
-        self.about = f"{args.data}: {len(x):,} pictures to train on, {len(test):,} held out"
+        self.about = f"{args.data}: {len(x):,} images to train on, {len(test):,} held out"
 
     def batch(self, step):
         rng = np.random.default_rng((self.args.seed, step, 1))
@@ -702,7 +714,7 @@ class Classify(Task):
 
 
 class Clip(Task):
-    """Synthetic pictures and their captions; 64 of the 480 combinations of words are never trained on."""
+    """Synthetic images and their captions; 64 of the 480 combinations of words are never trained on."""
 
     def __init__(self, args, saved):
         refuse(args, "shapes")
@@ -720,7 +732,7 @@ class Clip(Task):
         return padded([self.words.encode(CAPTIONS[i]) for i in numbers])
 
     def draw(self, numbers, rng):
-        """Pictures of what they say, (B, 32, 32, 3) uint8."""
+        """Images for the captions of these numbers, (B, 32, 32, 3) uint8."""
         return np.stack([draw_shape(CAPTIONS[i], rng) for i in numbers])
 
     def arrays(self, numbers, rng):
@@ -734,7 +746,7 @@ class Clip(Task):
         return score(trainer, self.held_out, whole)
 
     def report(self, trainer):
-        """The caption of each of four new pictures for every held-out caption, and the picture of each caption."""
+        """Match four new images of every held-out caption with the captions, in both directions."""
         n, images = len(self.new), self.draw(self.new * 4, np.random.default_rng((self.args.seed, 4)))
         a, b = trainer.embed(floats(images), self.captions(range(len(CAPTIONS))))
         among_all = a @ b.T  # (4 n, 480) cosines

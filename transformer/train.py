@@ -4,13 +4,12 @@
 # ///
 """Train a Transformer:  python train.py [--backend mlx] [--data multi30k] [--prompt "TEXT"] [--task classify] ...
 
-Tasks: translate (sentences into another language), classify (pictures by class, with a ViT), clip (which caption
-belongs to which picture).
+Tasks: translate (sentences into another language), classify (images, with a ViT), clip (match captions and images).
 --data for translate: numbers (English to Chinese), multi30k (English to German) or your own file, on each line a
-sentence, a tab and its translation, of which every twentieth is held out; for classify: digits (synthetic) or mnist.
-What pairs held out are worth is told as exact (numbers right to the last character) or as bleu, in percent, counted
-as sacreBLEU does by default: all sentences at once, tokens 13a, capitals kept, smoothing exp. With --steps 0 --resume,
---data may name another file of pairs, all of which is scored.
+sentence, a tab and its translation, with every twentieth line held out; for classify: digits (synthetic) or mnist.
+Translations are scored as exact (the share of numbers right to the last character) or as bleu, in percent, with
+sacreBLEU's defaults: corpus level, tokenizer 13a, case-sensitive, smoothing exp. With --steps 0 --resume, --data may
+name another file of pairs, which is scored as a whole.
 """
 
 import argparse
@@ -34,9 +33,10 @@ except ImportError as error:
 
 MODEL = "transformer"
 DATA = {"translate": "numbers", "classify": "digits", "clip": "shapes"}
-DEFAULTS = {  # of the other flags, by the set of data; a file of pairs has those of multi30k
+DEFAULTS = {  # of the other flags, for each dataset; a file of pairs has those of multi30k, and small batches
     "numbers": dict(n_layer=2, width=128, steps=580, lr=0.01, beam=1),
-    "multi30k": dict(n_layer=3, width=128, steps=3600, lr=0.008, dropout=0.1, label_smoothing=0.1),
+    "multi30k": dict(n_layer=3, width=128, steps=2600, batch_size=96, lr=0.008, dropout=0.2, label_smoothing=0.1,
+                     ema=0.998),
     "digits": dict(n_layer=4, width=64, steps=400, lr=0.01),
     "mnist": dict(n_layer=4, width=64, steps=2000, lr=0.01),
     "shapes": dict(n_layer=3, width=96, steps=600, lr=0.005),
@@ -44,52 +44,52 @@ DEFAULTS = {  # of the other flags, by the set of data; a file of pairs has thos
 
 
 def defaults(asked):
-    """What the flags are that are not given."""
+    """The values of flags that are not given."""
     data = asked.data or DATA[asked.task]
-    return DEFAULTS.get(data, DEFAULTS["multi30k"]) | dict(data=data)
+    return DEFAULTS.get(data, DEFAULTS["multi30k"] | dict(batch_size=64)) | dict(data=data)
 
 
 def read_args():
-    """The command line; and with --resume what the checkpoint remembers, else None."""
+    """Parse the command line: the arguments and, with --resume, the checkpoint's metadata, else None."""
     apple = (sys.platform, platform.machine()) == ("darwin", "arm64")
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
-    add = parser.add_argument_group("kept in the checkpoint; --resume refuses others").add_argument
+    add = parser.add_argument_group("saved in the checkpoint; fixed when resuming").add_argument
     fixed = [
-        add("--task", choices=TASKS, default="translate", help="what there is to learn"),
+        add("--task", choices=TASKS, default="translate", help="what to train"),
         add("--data", help="numbers, multi30k or a file of pairs; classify: digits or mnist"),
-        add("--n-layer", type=within("[1, 1000]", int), help="blocks of each encoder and decoder"),
-        add("--n-head", type=within("[1, 65536]", int), default=4, help="heads of attention, side by side"),
+        add("--n-layer", type=within("[1, 1000]", int), help="blocks in each encoder and decoder"),
+        add("--n-head", type=within("[1, 65536]", int), default=4, help="number of attention heads"),
         add("--width", type=within("[1, 65536]", int), help="of embeddings and blocks; even, a multiple of --n-head"),
         add("--norm", choices=["pre", "post"], default="pre", help="layer norm before each branch, or after the sum"),
-        add("--positions", choices=["sinusoidal", "learned"], default="sinusoidal", help="how a token's place is told"),
-        add("--patch", type=within("[1, 4096]", int), default=4, help="height and width of a picture's patches"),
-        add("--merges", type=within("[0, inf)", int), default=4000, help="byte pairs to learn of a file of pairs"),
+        add("--positions", choices=["sinusoidal", "learned"], default="sinusoidal", help="how positions are encoded"),
+        add("--patch", type=within("[1, 4096]", int), default=4, help="height and width of an image's patches"),
+        add("--merges", type=within("[0, inf)", int), default=4000, help="byte pairs to learn from a file of pairs"),
         add("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: for blocks' matrices, else adamw"),
     ]
-    add = parser.add_argument_group("kept too; --resume takes others").add_argument
+    add = parser.add_argument_group("saved too; may change when resuming").add_argument
     kept = [
-        add("--dropout", type=within("[0, 1)"), default=0.0, help="the share of activations that a step drops"),
+        add("--dropout", type=within("[0, 1)"), default=0.0, help="dropout rate"),
         add("--smoothing", dest="label_smoothing", type=within("[0, 1)"), default=0.0, help="label smoothing"),
-        add("--ema", type=within("[0, 1)"), default=0.0, help="how slowly the average of weights moves; 0: none"),
+        add("--ema", type=within("[0, 1)"), default=0.0, help="decay of the average of the weights; 0: none"),
         add("--steps", type=within("[0, inf)", int), help="0: only evaluate and report"),
-        add("--batch-size", type=within("[1, 65536]", int), default=64, help="pairs or pictures of a step"),
-        add("--lr", type=within("(0, inf)"), help="the highest rate"),
-        add("--warmup", type=within("[1, inf)", int), help="steps in which the rate rises (without: a tenth of them)"),
-        add("--decay", choices=["linear", "inverse-sqrt"], default="linear", help="how it falls after that"),
-        add("--seed", type=within("[0, 4294967295]", int), default=0, help="of weights, data, batches, dropout"),
+        add("--batch-size", type=within("[1, 65536]", int), default=64, help="pairs or images per step"),
+        add("--lr", type=within("(0, inf)"), help="peak learning rate"),
+        add("--warmup", type=within("[1, inf)", int), help="warm-up steps (default: a tenth of --steps)"),
+        add("--decay", choices=["linear", "inverse-sqrt"], default="linear", help="how the rate falls after that"),
+        add("--seed", type=within("[0, 4294967295]", int), default=0, help="for weights, data, batches and dropout"),
     ]
-    add = parser.add_argument_group("of this run alone").add_argument
+    add = parser.add_argument_group("for this run only").add_argument
     add("--backend", choices=["torch", "mlx"], default="mlx" if apple else "torch", help="the framework")
-    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (without: the best there is)")
-    add("--out", type=Path, help="the folder for what the run writes")
-    add("--resume", action="store_true", help="go on from OUT/ckpt.npz, whichever backend wrote it")
+    add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best available)")
+    add("--out", type=Path, help="the output folder")
+    add("--resume", action="store_true", help="continue from OUT/ckpt.npz, whichever backend wrote it")
     add("--prompt", help="translate: a sentence to translate")
     add("--beam", type=within("[1, inf)", int), default=4, help="width of the beam search; 1: greedy")
     return parse(parser, MODEL, fixed, kept, defaults)
 
 
 def rate(step, args):
-    """The learning rate: up linearly, then down to 0 linearly, or as one over the square root of the step."""
+    """The learning rate: linear warm-up, then linear decay to 0, or decay as one over the square root of the step."""
     warmup = args.warmup or max(1, args.steps // 10)
     fall = 1 - step / args.steps if args.decay == "linear" else math.sqrt(warmup / max(step + 1, warmup))
     return args.lr * min((step + 1) / warmup, 1) * fall
@@ -99,24 +99,24 @@ def rate(step, args):
 
 
 def load_twin(args):
-    """The module model_torch or model_mlx; args.device becomes the device that it uses, args.rank this process's."""
+    """Import model_torch or model_mlx; sets args.device, and args.rank and args.world of this process."""
     try:
         net = importlib.import_module(f"model_{args.backend}")
     except ImportError as error:
-        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or take the other --backend")
+        fail(f"{error}: pip install torch, or pip install 'mlx[cpu]', or use the other --backend")
     args.device = args.device or net.devices()[0]
     if args.device not in net.devices():
-        fail(f"--device {args.device} is not to be had with {args.backend} here: {', '.join(net.devices())}")
+        fail(f"--device {args.device} is not available with {args.backend} here: use {', '.join(net.devices())}")
     args.rank, args.world = net.join() if hasattr(net, "join") else (0, 1)
-    if args.rank:  # one of several processes speaks and saves
+    if args.rank:  # only the first process prints and saves
         sys.stdout = open(os.devnull, "w")
     return net
 
 
 def fit(trainer, task, args, start, memory):
-    """Train from step `start` to args.steps; twenty times on the way evaluate, save and print a line.
+    """Train from step `start` to args.steps; about twenty times, evaluate, save and print a line.
 
-    Ctrl-C ends the step at hand, saves and exits with 130; a second one does not wait. Returns the steps a second.
+    Ctrl-C finishes the current step, saves and exits with 130; a second Ctrl-C does not wait. Returns steps per second.
     """
     ckpt, interrupted, every = args.out / "ckpt.npz", [], max(1, args.steps // 20)
 
@@ -141,12 +141,12 @@ def fit(trainer, task, args, start, memory):
                 fail(f"the loss is not finite at step {min(at, step)}: {why}{f'; {ckpt} is kept' * ckpt.exists()}")
         first = not speed and not args.resume
         try:
-            if first and ckpt.exists():
+            if first and not args.rank and ckpt.exists():
                 shutil.copy2(ckpt, args.out / "ckpt.old.npz")
             trainer.save(ckpt, done, **memory)
         except OSError as error:
             Path(f"{ckpt}.part").unlink(missing_ok=True)
-            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or name another --out")
+            fail(f"{ckpt} could not be written ({error.strerror or error}): make room there, or choose another --out")
         speed, left = (done - start) / busy, (args.steps - done) * busy / (done - start)
         figures = {**values[-2], **values[-1]}
         line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -162,17 +162,17 @@ def fit(trainer, task, args, start, memory):
 
 
 def main():
-    """Arguments, task, model, checkpoint; train; report, and the result as the last line."""
+    """Set up the task, the model and the checkpoint; train; report; print the result as the last line."""
     began, (args, saved) = time.perf_counter(), read_args()
     net, ckpt = load_twin(args), args.out / "ckpt.npz"
     fields, there = net.Config.__dataclass_fields__, saved["config"] if saved else {}
     for name, value in there.items():
         if name in fields and isinstance(value, str) != isinstance(fields[name].default, str):
-            fail(f"{ckpt} is damaged, its {name} is {value!r}: train anew without --resume, or name another --out")
+            fail(f"{ckpt} is damaged ({name} is {value!r}): start over without --resume, or choose another --out")
     note, task = claim(args), TASKS[args.task](args, saved)
     for name, value in (task.config | (task.extra if args.steps else {})).items():
         if saved and {**saved, **there}.get(name, value) != value:
-            fail(f"{ckpt} was trained on other data: its {name} is another; repeat the --data of that run")
+            fail(f"{ckpt} was trained on other data (its {name} differs): use the same --data and --seed")
     config = {name: x for name, x in args.memory.items() if name in fields and x is not None} | task.config
     try:
         trainer = task.trainer(net, net.Config(**config | there))
@@ -180,7 +180,7 @@ def main():
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not (saved or isinstance(error, ValueError)):
             raise
-        fail(f"{ckpt} does not fit the model ({error!r}): train anew without --resume" if saved else error)
+        fail(f"{ckpt} does not fit the model ({error!r}): start over without --resume" if saved else error)
     params = sum(w.size for w in net.get_weights(trainer.model).values())
     print(f"{MODEL}: {args.backend} on {args.device}, {params:,} parameters; {task.about}; files go to {args.out}"
           f"{note}", flush=True)  # fmt: skip
@@ -196,15 +196,17 @@ def main():
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # numbers that are not finite are spoken of in fit
-    sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer letters
+    warnings.simplefilter("ignore")  # fit reports numbers that are not finite
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack some characters
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `| head` has read enough; what is left to print has no reader
+    except BrokenPipeError:  # as after `| head`: nobody reads the rest
         os._exit(141)
-    except (OSError, MemoryError) as error:  # a full disk, a folder that may not be written to, too little memory
-        print(f"train.py: {str(error)[:500] or 'too little memory'}: make room, or change --out", file=sys.stderr)
+    except (OSError, MemoryError, RuntimeError) as error:  # a full disk, no permission to write, too little memory
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        print(f"train.py: {str(error)[:500] or 'no memory'}: make room, or change --out, --batch-size", file=sys.stderr)
         os._exit(2)
