@@ -273,7 +273,7 @@ FOLDERS = {
         lr=0.02,
         overfit=(100, 0.6),
         smoke="--steps 150 --widths 32 --fold 4 --count 500 --batch-size 16 --sample-steps 5".split(),
-        learned=("val_loss", "<", 0.4),
+        learned=("val_loss", "<", 0.35),  # untrained about 0.95, here 0.31
         files=["sample.png"],
     ),
 }

@@ -156,7 +156,7 @@ class DecoderBlock(EncoderBlock):
 
 
 class Positions(nn.Module):
-    """Adds to each token its position: sin and cos of it at wavelengths from 2 pi to 20,000 pi, or a learned vector."""
+    """Adds to each token its position: sin and cos, of wavelengths 2 pi to nearly 20,000 pi, or a learned vector."""
 
     def __init__(self, config, length):
         super().__init__()
