@@ -534,7 +534,7 @@ class Trainer:
         """y (B,) or (B, length), a numpy generator -> images at `keep` stages of sampling, numpy (keep, B, H, W, C)."""
         (H, W, C), n = self.config.image, self.config.latent
         shape = (len(y), H // 4, W // 4, n) if n else (len(y), H, W, C)
-        y, none = self.arrays(y, np.full_like(y, self.config.n_class if not self.config.vocab_size else 0))
+        none, y = self.arrays(np.full_like(y, self.config.n_class if not self.config.vocab_size else 0), y)
         more = {name: torch.from_numpy(a).to(self.device) for name, a in more.items()}
 
         def noise():
