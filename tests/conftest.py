@@ -12,18 +12,12 @@ CLAIMS = os.environ.get("CLAIMS")  # in those processes: a folder where they not
 PROCESSES = min(4, os.cpu_count() or 1)
 
 
-def groups(items):
-    """Tests that share their preparation, those of one file about one folder, stay together."""
-    parts = {}
-    for item in items:
-        name = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        parts.setdefault((item.path, name or item.nodeid), []).append(item)
-    return list(parts.values())
-
-
 def work(session):
-    """Take and run one group after another that no other process has taken."""
-    reports = os.fdopen(int(os.environ["REPORTS"]), "w")
+    """Take and run one group after another that no other process has taken: the tests of one file about one folder."""
+    reports, groups = os.fdopen(int(os.environ["REPORTS"]), "w"), {}
+    for item in session.items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        groups.setdefault((item.path, name or item.nodeid), []).append(item)
 
     class Reporter:
         @staticmethod
@@ -32,7 +26,7 @@ def work(session):
             print(repr(data), file=reports, flush=True)
 
     session.config.pluginmanager.register(Reporter)
-    for i, group in enumerate(groups(session.items)):
+    for i, group in enumerate(groups.values()):
         try:
             os.close(os.open(f"{CLAIMS}/{i}", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -44,11 +38,9 @@ def work(session):
 def follow(config, claims, queue):
     """Start one such process, and put its reports into the queue, None at the end."""
     out, into = os.pipe()
-    threads = str(max(1, (os.cpu_count() or 1) // PROCESSES))
-    env = {**os.environ, "CLAIMS": claims, "REPORTS": str(into), "OMP_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
-    process = subprocess.Popen(command, env=env, pass_fds=[into], cwd=config.invocation_params.dir,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
+    more = {"CLAIMS": claims, "REPORTS": str(into), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // PROCESSES))}
+    command, place = [sys.executable, "-m", "pytest", *config.invocation_params.args], config.invocation_params.dir
+    process = subprocess.Popen(command, env=os.environ | more, pass_fds=[into], cwd=place, stdout=subprocess.DEVNULL)
     os.close(into)
     with open(out) as reports:
         for line in reports:

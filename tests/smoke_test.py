@@ -8,27 +8,31 @@ untrained model fails, and checks the files that it wrote. Needs only the five p
 import argparse
 import sys
 import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
-from folders import BACKENDS, FOLDERS, smoke
+from folders import BACKENDS, FOLDERS, copy_alone, result
 from PIL import Image
 
 
 def check(name, backend, place, device="cpu"):
-    """The short run of one folder: raises AssertionError with the reason if it breaks a promise."""
-    folder, result = FOLDERS[name], smoke(name, backend, place, device)
-    figure, sign, bound = folder.learned
-    assert result["backend"] == backend and result["params"] > 0 and result["seconds"] <= result["wall"]
-    assert (result[figure] > bound) == (sign == ">"), f"{figure} is {result[figure]:.3f}, not {sign} {bound}"
+    """The short run of one folder, copied alone: raises AssertionError with the reason if it breaks a promise."""
+    folder, began = FOLDERS[name], time.perf_counter()
+    alone = copy_alone(name, Path(place) / f"{name}_{backend}_{device}")
+    ended, (figure, sign, bound) = result(alone, backend, "--device", device, *folder.smoke), folder.learned
+    ended["wall"] = time.perf_counter() - began
+    assert ended["backend"] == backend and ended["params"] > 0 and ended["seconds"] <= ended["wall"]
+    assert (ended[figure] > bound) == (sign == ">"), f"{figure} is {ended[figure]:.3f}, not {sign} {bound}"
     for file in ("ckpt.npz", "log.jsonl", "curve.png", *folder.files):
-        path = result["out"] / file
-        assert str(path) in result["files"] and path.stat().st_size > 0, f"{file} is missing"
+        path = ended["out"] / file
+        assert str(path) in ended["files"] and path.stat().st_size > 0, f"{file} is missing"
         if path.suffix == ".png":
             with Image.open(path) as image:
                 assert min(image.size) >= 64 and np.asarray(image.convert("L")).std() > 8, f"{file} is blank"
         if path.suffix == ".txt":
             assert len(set(path.read_text(encoding="utf-8"))) > 10, f"{file} says nothing"
-    return result
+    return ended
 
 
 def pytest_generate_tests(metafunc):
@@ -51,11 +55,11 @@ def main():
             figure = FOLDERS[name].learned[0]
             try:
                 with tempfile.TemporaryDirectory() as place:
-                    result, outcome = check(name, backend, place, args.device), "passed"
+                    ended, outcome = check(name, backend, place, args.device), "passed"
                     if args.device != "cpu":
-                        there, here = result[figure], check(name, backend, place)[figure]
+                        there, here = ended[figure], check(name, backend, place)[figure]
                         assert abs(there - here) < 0.02 * abs(here), f"{figure} {there:.4f}, on the CPU {here:.4f}"
-                text = f"{result['wall']:6.1f} s  {figure} {result[figure]:.4f}"
+                text = f"{ended['wall']:6.1f} s  {figure} {ended[figure]:.4f}"
             except (AssertionError, OSError) as error:
                 outcome, text = "failed", str(error).strip().replace("\n", " | ")
             counts[outcome] += 1

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import timeit
 
 from folders import BACKENDS, FOLDERS, ROOT, environment
 
@@ -23,12 +23,7 @@ TOKENS = {"rnn", "gpt", "llama"}  # the others have samples: images, points, pai
 
 def median(function, n):
     """The median time of n calls, in seconds."""
-    times = []
-    for _ in range(n):
-        began = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return statistics.median(timeit.repeat(function, number=1, repeat=n))
 
 
 def measure(name, backend, out):
@@ -43,14 +38,13 @@ def measure(name, backend, out):
         median(once, WARM)
         size = arrays[-1].size if name == "gan" else arrays[0].size if name in TOKENS else len(arrays[0])
         figures = {"seconds": median(once, TIMED), "samples": size, "peak": peak(backend)}
-        if backend == "torch":
-            figures["flop"] = operations(once)
+        figures |= {"flop": operations(once)} if backend == "torch" else {}
         print(json.dumps(figures), file=sys.__stdout__, flush=True)
         raise SystemExit(0)
 
     step, net.Trainer.step = net.Trainer.step, timed
     sys.argv = ["train.py", "--backend", backend, "--device", "cpu", "--out", out]
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
         runpy.run_path(str(ROOT / name / "train.py"), run_name="__main__")
 
 
@@ -66,15 +60,9 @@ def operations(function):
 
 def peak(backend, n=1024):
     """Floating-point operations per second in products of two n x n matrices."""
-    if backend == "torch":
-        import torch
-
-        a = torch.ones(n, n)
-        return 2 * n**3 / median(lambda: a @ a, 20)
-    import mlx.core as mx
-
-    a = mx.ones((n, n))
-    return 2 * n**3 / median(lambda: mx.eval(a @ a), 20)
+    library = importlib.import_module({"torch": "torch", "mlx": "mlx.core"}[backend])
+    a = library.ones((n, n))
+    return 2 * n**3 / median(lambda: a @ a if backend == "torch" else library.eval(a @ a), 20)
 
 
 def main():

@@ -45,7 +45,7 @@ def apple():
 @pytest.mark.parametrize("name, i", CASES)
 def test_step(name, i):
     trainer = on_meta(name, i)
-    for arrays in batches(name, i, 2):
+    for arrays in batches(name, i, 2 if name == "rnn" else 1):  # an RNN carries its state to the second
         with apple():
             metrics = trainer.step(*arrays, lr=1e-3)
         assert all(metric.shape == () and metric.device.type == "meta" for metric in metrics.values())

@@ -4,7 +4,8 @@ import re
 import shlex
 
 import pytest
-from folders import BACKENDS, FOLDERS, ROOT, copy_alone, make_args, run_here
+from adversary import SHORT
+from folders import BACKENDS, FOLDERS, ROOT, copy_quick, make_args, run_here
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHAPTERS = README.split("## From the chapters to the code")[-1]
@@ -29,19 +30,20 @@ def test_chapters(name):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_commands(name, tmp_path):
-    """train.py accepts each command; those before the table of figures run, in order, for two steps."""
+    """train.py accepts each command; those before the table of figures run, in order, small and for two steps."""
     commands = re.findall(rf"python {name}/train\.py([^`\n]*)", README)
     assert len(commands) > 2, f"few commands of {name} are shown"
     begin = re.findall(rf"python {name}/train\.py([^`\n]*)", README.split("## Measured figures")[0])
-    folder = copy_alone(name, tmp_path / name)
+    folder = copy_quick(name, tmp_path / name)
     (tmp_path / "houses.csv").write_text("a,b,price\n" + "1,2,3.5\n3,4,7\n" * 20)
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n3,4\n")
+    small = SHORT[name] if name in ("rnn", "gpt", "llama") else FOLDERS[name].smoke
     for command in dict.fromkeys(commands):
         words = shlex.split(command)
         make_args(name, *(word for word in words if word not in ("--resume", "--backend", "mlx")))
         if command not in begin or "chat" in command:  # a dialogue takes longer: test_gpt.py has short ones
             continue
-        short = [] if "--resume" in words else ["--steps", "2"]  # of two --steps the second counts
+        short = small[2:] + ["--steps", "2"] * ("--resume" not in words)  # of two flags the second counts
         code, _, err = run_here(folder, "torch", *words, *short, cwd=tmp_path)
         assert code == 0, f"{command}: {err}"
 

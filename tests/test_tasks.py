@@ -1,141 +1,128 @@
-"""What holds for every task: held-out data stay out, and the learning rate follows the recipe."""
+"""What holds for every task: held-out data stay out, each flag has an effect, and the rate follows the recipe."""
 
 import functools
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
-from folders import FOLDERS, load_file, make_args, make_task
+from adversary import SHORT
+from folders import FOLDERS, load_file, make_args, make_run
 
 SEA = "\u6d77"  # a letter that no training part has
 
 
-def other_end(text):
-    """A text whose last tenth, which is held out, is changed."""
-    cut = len(text) * 9 // 10
-    return text[:cut] + "".join(c if i % 9 else SEA for i, c in enumerate(text[cut:][::-1]))[: len(text) - cut]
-
-
-def spoil_second(make):
-    """A function that makes training data as before when first called, and nonsense for the held-out data."""
-    calls = []
-
-    @functools.wraps(make)
-    def spoiled(*args, **more):
-        calls.append(args)
-        arrays = make(*args, **more)
-        return arrays if len(calls) == 1 else tuple(a[::-1] // 2 for a in arrays)
-
-    return spoiled
-
-
-def later_rows(names_and_table):
-    names, table = names_and_table
-    table = table.copy()
-    table[len(table) * 4 // 5 :] = table[len(table) * 4 // 5 :] * 3 + 100
-    return names, table
-
-
-def last_voice(sounds_labels_speakers):
-    sounds, labels, speakers = sounds_labels_speakers
+def changed(found):
+    """What a function of data.py gives, with another held-out part, or all of it nonsense if it is arrays."""
+    if isinstance(found[0], np.ndarray):
+        return tuple(a[::-1] // 2 for a in found)
+    cut = len(found) * 9 // 10
+    if isinstance(found, str):
+        return found[:cut] + "".join(c if i % 9 else SEA for i, c in enumerate(found[cut:][::-1]))
+    if isinstance(found, list):
+        return found[:cut] + [[("user", SEA), ("assistant", SEA)]] * (len(found) - cut)
+    if len(found) == 2:
+        names, table = found
+        cut = len(table) * 4 // 5
+        return names, np.concatenate([table[:cut], table[cut:] * 3 + 100])
+    sounds, labels, speakers = found
     return [s[::-1] ** 2 if who == max(speakers) else s for s, who in zip(sounds, speakers)], labels, speakers
 
 
-def after(change):
-    """The wrapper that puts `change` behind a function."""
-    return lambda make: lambda *args, **more: change(make(*args, **more))
-
-
-def last_tenth(dialogues):
-    cut = len(dialogues) * 9 // 10
-    return dialogues[:cut] + [[("user", SEA), ("assistant", SEA)]] * (len(dialogues) - cut)
-
-
-POISONED = [  # folder, command line, the function of data.py that gives the data, how the held-out data are changed
-    ("mlp", ["--task", "spiral"], "make_spiral", spoil_second),
-    ("mlp", ["--task", "binary"], "make_moons", spoil_second),
-    ("mlp", ["--task", "regression"], "make_sine", spoil_second),
-    ("mlp", ["--task", "digits"], "make_digits", spoil_second),
-    ("cnn", [], "make_digits", spoil_second),
-    ("rnn", [], "load_text", after(other_end)),
-    ("rnn", ["--task", "series"], "make_weather", after(later_rows)),
-    ("rnn", ["--task", "speech"], "make_speech", after(last_voice)),
-    ("rnn", ["--task", "speak"], "make_speech", after(last_voice)),
-    ("gan", ["--count", "300"], "make_digits", spoil_second),
-    ("autoencoder", ["--count", "300"], "make_digits", spoil_second),
-    ("autoencoder", ["--task", "denoise", "--count", "300"], "make_digits", spoil_second),
-    ("autoencoder", ["--task", "compress", "--count", "300"], "make_digits", spoil_second),
-    ("transformer", ["--task", "classify"], "make_digits", spoil_second),
-    ("gpt", [], "load_text", after(other_end)),
-    ("gpt", ["--tokenizer", "bpe", "--merges", "50"], "load_text", after(other_end)),
-    ("gpt", ["--task", "chat", "--data", "talk.jsonl"], "load_messages", after(last_tenth)),
-    ("llama", [], "load_text", after(other_end)),
-    ("diffusion", ["--count", "300"], "make_digits", spoil_second),
-]
+HELD_OUT = [  # folder, command line, the function of data.py that gives the data
+    *(("mlp", f"--task {name.lower()}", f"{name}.make") for name in ("Spiral", "Binary", "Regression")),
+    *(("autoencoder", f"--task {name}", "make_digits") for name in ("vae", "denoise", "compress")),
+    *((name, "", "make_digits") for name in ("cnn", "gan", "transformer", "diffusion")),
+    *((name, "", "load_text") for name in ("rnn", "gpt", "llama")), ("mlp", "--task digits", "make_digits"),
+    ("gpt", "--tokenizer bpe --merges 50", "load_text"), ("gpt", "--task chat --data talk.jsonl", "load_messages"),
+    ("rnn", "--task series", "make_weather"), ("rnn", "--task speech", "make_speech"),
+    ("rnn", "--task speak --impl builtin", "make_speech"),
+]  # fmt: skip
 
 
 @functools.cache
 def once(name, source):
-    """A function of data.py that computes each answer once, for all tests here."""
-    return functools.cache(getattr(load_file(name, "data"), source))
+    """A function of data.py that computes each answer once, and few digits; and where it stands."""
+    *places, last = source.split(".")
+    place = functools.reduce(getattr, places, load_file(name, "data"))
+    make = getattr(place, last)
+    few = (lambda n, seed: make(min(n, 300), seed)) if source == "make_digits" else make
+    return functools.cache(few), place, last
 
 
-def learned(task):
-    """All that a network can learn from: the batches of three steps, and the metadata."""
-    batches = [np.asarray(a) for step in range(3) for a in task.batch(step)]
-    return json.dumps([task.config, task.extra], default=str), batches
+@pytest.fixture
+def quick_judge(monkeypatch):
+    """The judge of gan and diffusion learns for five steps."""
+    for data in (load_file(name, "data") for name in ("gan", "diffusion")):
+        monkeypatch.setattr(data, "Judge", functools.partial(data.Judge, n=5))
 
 
-@pytest.mark.parametrize("name, argv, source, poison", POISONED, ids=lambda x: x if isinstance(x, str) else "")
-def test_held_out_stays_out(name, argv, source, poison, monkeypatch, tmp_path):
-    """Batches, alphabets, vocabularies and means do not depend on the held-out data; the figures on it do."""
+@pytest.mark.parametrize("name, argv, source", HELD_OUT)
+def test_held_out_stays_out(name, argv, source, monkeypatch, tmp_path, quick_judge):
+    """Batches, alphabets, vocabularies and means do not depend on the held-out data; the figures do."""
     monkeypatch.chdir(tmp_path)
     talk = [{"messages": [{"role": r, "content": f"{r} {i}"} for r in ("user", "assistant")]} for i in range(40)]
     (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, talk)))
-    data, make = load_file(name, "data"), once(name, source)
-    monkeypatch.setattr(data, source, make)
-    usual, batches = learned(make_task(name, *argv))
-    monkeypatch.setattr(data, source, poison(make))
-    other, poisoned = learned(make_task(name, *argv))
-    assert other == usual
-    assert all(np.array_equal(a, b) for a, b in zip(batches, poisoned, strict=True))
+    (make, *place), calls, seen = once(name, source), [], []
+
+    def poisoned(*args, **more):
+        calls.append(found := make(*args, **more))
+        return found if isinstance(found[0], np.ndarray) and len(calls) == 1 else changed(found)  # training comes first
+
+    for function in (make, poisoned):
+        monkeypatch.setattr(*place, staticmethod(function))
+        task, trainer, _ = make_run(name, *SHORT[name], *argv.split(), "--out", tmp_path)
+        batches = [np.asarray(a).tolist() for step in range(3) for a in task.batch(step)]
+        figures = {key: float(x) for key, x in task.evaluate(trainer).items()}
+        seen.append((json.dumps([task.config, task.extra], default=str), batches, figures))
+    assert seen[0][:2] == seen[1][:2] and seen[0][2] != seen[1][2]
+
+
+TURNED = {  # flags, with --seed 1, that no other test changes; those before the |, if any, are in both runs
+    "mlp": ["--activation tanh", "--optimizer sgd", "--lr 0.5"], "gan": ["--latent 5"], "gpt": [],
+    "cnn": ["--model resnet", "--lr 0.5", "--task style --size 24 | --strength 1"],
+    "rnn": ["--cell gru", "--n-layer 2", "--n-embd 9", "--optimizer adamw", "--batch-size 5", "--weight-decay 9",
+            "--task series | --horizon 6"],
+    "autoencoder": ["--likelihood gaussian", "--jitter 0.1"], "llama": ["--window 4", "--optimizer adamw"],
+    "transformer": ["--norm post", "--n-head 2", "--optimizer adamw"],
+    "diffusion": ["--predict noise", "--schedule linear", "--ema 0"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_effect(name, monkeypatch, tmp_path, quick_judge):
+    """None is without effect on two steps of training and the figures after them."""
+
+    @functools.cache
+    def figures(flags):
+        task, trainer, rate = make_run(name, *SHORT[name], *flags.split(), "--out", tmp_path)
+        seen = [float(x) for i in range(2) for x in trainer.step(*task.batch(i), lr=rate(i)).values()]
+        return seen + [float(x) for x in task.evaluate(trainer).values()]
+
+    for source in ("make_digits", "make_weather"):
+        if hasattr(load_file(name, "data"), source):
+            make, *place = once(name, source)
+            monkeypatch.setattr(*place, make)
+    for turned in ["--seed 1", *TURNED[name]]:
+        both, _, more = turned.rpartition("|")
+        assert figures(both) != figures(f"{both} {more}"), turned
 
 
 RATES = {  # the rate over the highest: at step 0, in the middle and at the last of 1,000 steps
-    "mlp": (1.0, 0.5, 0.0),
-    "cnn": (0.01, 5 / 9, 0.0),
-    "rnn": (1 / 30, 0.5, 0.0),
-    "gan": (1.0, 1.0, 1.0),
-    "autoencoder": (1.0, 0.5, 0.0),
-    "transformer": (0.01, 0.5, 0.0),
-    "gpt": (1 / 30, 0.5, 0.0),
-    "llama": (1 / 30, 0.5, 0.0),
-    "diffusion": (0.02, 1.0, 0.0),
-}
+    **dict.fromkeys(["mlp", "autoencoder"], (1.0, 0.5, 0.0)),
+    **dict.fromkeys(["rnn", "gpt", "llama"], (1 / 30, 0.5, 0.0)),
+    "cnn": (0.01, 5 / 9, 0.0), "gan": (1.0, 1.0, 1.0), "transformer": (0.01, 0.5, 0.0), "diffusion": (0.02, 1.0, 0.0),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_rate(name, tmp_path):
     """The learning rate passed to Trainer.step rises and falls as in the recipe, with a peak of --lr."""
-    train, seen = load_file(name, "train"), []
-
-    class Trainer:
-        def step(self, lr):
-            seen.append(lr)
-            return {"loss": 0.0}
-
-        def save(self, path, step, **memory):
-            pass
-
-    class Task:
-        def batch(self, step):
-            return ()
-
-        def evaluate(self, trainer, whole=False):
-            return {"val_loss": 0.0}
-
+    seen = []
+    trainer = mock.Mock(step=lambda lr: seen.append(lr) or {"loss": 0.0})
+    task = mock.Mock(batch=lambda step: (), evaluate=lambda trainer: {"val_loss": 0.0})
     args = make_args(name, "--lr", 0.25, "--steps", 1000, "--out", tmp_path)
-    train.fit(Trainer(), Task(), args, 0, {})
+    load_file(name, "train").fit(trainer, task, args, 0, {})
     assert len(seen) == 1000 and 0.9 * 0.25 < max(seen) <= 0.25
     for at, share in zip((0, 500, 999), RATES[name]):
         assert seen[at] == pytest.approx(0.25 * share, rel=0.1, abs=0.002)

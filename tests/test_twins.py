@@ -1,15 +1,21 @@
-"""The structure of the collection: which files there are, what they import, and that twins are twins."""
+"""The structure of the collection: which files there are, what they import, that twins are twins and copies copies."""
 
 import ast
 import subprocess
 import sys
 
 import pytest
-from folders import FOLDERS, ROOT
+from folders import FOLDERS, ROOT, load_file
 
-ALL = "mlp cnn rnn gan autoencoder transformer gpt llama diffusion".split()
+FILES = {"model_torch.py": {"torch"}, "model_mlx.py": {"mlx"}, "data.py": set(), "train.py": {"data"}}  # and imports
 PACKAGES = {"numpy", "PIL", "tiktoken"}
 OPTIONAL = {"cnn": {"coremltools"}}
+EACH = pytest.mark.parametrize("name", FOLDERS)
+OWN = {  # the same name, but different in each folder
+    "train.py": {"read_args", "rate", "defaults"}, "data.py": {"BytePairs"},
+    "model_torch.py": {"init_weights", "loss_fn", "generate", "get_weights", "set_weights", "to_numpy", "from_numpy"},
+}  # fmt: skip
+OWN["model_mlx.py"] = OWN["model_torch.py"]
 
 
 def parse(name, file):
@@ -28,48 +34,55 @@ def outline(tree):
     return rows
 
 
+def definitions(name, file):
+    """{name: lines} of the functions, the classes but for models and tasks, and what train.py does if it is run."""
+    text, tasks = (ROOT / name / file).read_text(encoding="utf-8"), load_file(name, "data").TASKS.values()
+    own = OWN[file] | ({task.__name__ for task in tasks} if file == "data.py" else set())
+    kinds = ast.FunctionDef if file.startswith("model") else (ast.FunctionDef, ast.ClassDef, ast.If)
+    nodes = {getattr(node, "name", "if"): node for node in ast.parse(text).body if isinstance(node, kinds)}
+    lines = text.splitlines()
+    return {key: lines[node.lineno - 1 : node.end_lineno] for key, node in nodes.items() if key not in own}
+
+
 def test_top_level():
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     top = {file.split("/")[0] for file in listed.stdout.split() if not file.startswith(".")}
     if listed.returncode == 0:  # a copy without git has nothing to say here
-        assert top <= {*ALL, "tests", "README.md"}
+        assert top <= {*FOLDERS, "tests", "README.md"}
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@EACH
 def test_files(name):
+    """Four files and an image; train.py stays short, and so does its main; only a few packages are imported."""
     files = {path.name for path in (ROOT / name).iterdir()} - {"out", "data", "__pycache__", ".DS_Store"}
-    four = {"model_torch.py", "model_mlx.py", "data.py", "train.py"}
-    assert four <= files <= four | {"sample.png"}
+    assert set(FILES) <= files <= {*FILES, "sample.png"}
     if "sample.png" in files:
         assert (ROOT / name / "sample.png").stat().st_size < 100_000
+    body = parse(name, "train.py").body
+    main = next(f for f in body if getattr(f, "name", "") == "main")
+    assert body[-1].end_lineno <= (200 if name in ("mlp", "cnn") else 250) and main.end_lineno - main.lineno < 60
+    for file, own in FILES.items():
+        allowed = set(sys.stdlib_module_names) | PACKAGES | own | OPTIONAL.get(name, set())
+        for node in ast.walk(parse(name, file)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or "."]
+                assert {name.split(".")[0] for name in names} <= allowed and not getattr(node, "level", 0)
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_short(name):
-    """train.py stays short, and so does its main."""
-    lines = (ROOT / name / "train.py").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= (200 if name in ("mlp", "cnn") else 250)
-    main = next(f for f in parse(name, "train.py").body if getattr(f, "name", "") == "main")
-    assert main.end_lineno - main.lineno < 60
-
-
-@pytest.mark.parametrize("file", ["model_torch.py", "model_mlx.py", "data.py", "train.py"])
-@pytest.mark.parametrize("name", FOLDERS)
-def test_imports(name, file):
-    own = {"model_torch.py": {"torch"}, "model_mlx.py": {"mlx"}, "data.py": set(), "train.py": {"data"}}[file]
-    allowed = set(sys.stdlib_module_names) | PACKAGES | own | OPTIONAL.get(name, set())
-    for node in ast.walk(parse(name, file)):
-        if isinstance(node, ast.Import):
-            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module.split(".")[0] in allowed
-
-
-@pytest.mark.parametrize("name", FOLDERS)
+@EACH
 def test_twins(name):
     trees = [parse(name, "model_torch.py"), parse(name, "model_mlx.py")]
     assert outline(trees[0]) == outline(trees[1])
     docs = [ast.get_docstring(tree).replace("PyTorch", "X").replace("MLX", "X") for tree in trees]
-    assert docs[0] == docs[1]
     configs = [[ast.unparse(node) for node in tree.body if getattr(node, "name", "") == "Config"] for tree in trees]
-    assert configs[0] == configs[1] and configs[0]
+    assert docs[0] == docs[1] and configs[0] == configs[1] and configs[0]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_copies(file):
+    """Functions of the same name have the same text in all folders: the price of folders that can be copied alone."""
+    seen = {}
+    for name in FOLDERS:
+        for key, lines in definitions(name, file).items():
+            first = seen.setdefault(key, (name, lines))
+            assert lines == first[1], f"{key} differs between {first[0]}/{file} and {name}/{file}"
