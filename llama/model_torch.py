@@ -432,7 +432,7 @@ def join():
     """(rank, size): which of how many processes this is; (0, 1) unless torchrun started it."""
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(time.sleep, 0.2)  # afterwards, for gloo's threads: one that frees a tensor as Python ends aborts
+        atexit.register(time.sleep, 0.2)  # runs last, for gloo: a thread that frees a tensor as Python ends aborts
         atexit.register(dist.destroy_process_group)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
