@@ -2,6 +2,7 @@
 
 import math
 import tarfile
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_chain():
 
 @pytest.mark.parametrize("predict, backend", [(p, b) for p in ("v", "noise") for b in BACKENDS])
 def test_bound(predict, backend):
-    """A term of the bound is the divergence of two Gaussians."""
+    """A term of the bound is the divergence of two Gaussians, and it is the simple loss, weighted."""
     net, y = load("diffusion", backend), np.zeros(6, int)
     trainer = net.Trainer(net.Config([1, 1, 3], widths=[16], n_class=0, net="mlp", predict=predict), device="cpu")
     x, noise = np.random.default_rng(0).standard_normal((2, 6, 1, 1, 3), np.float32)
@@ -186,6 +187,9 @@ def test_bound(predict, backend):
         term = net.bound_term(trainer.model, array(backend, x), array(backend, y), t, s, array(backend, noise))
         assert kl.mean() > 1e-4
         np.testing.assert_allclose(numpy(term), kl, rtol=1e-3)
+        arrays = (array(backend, b) for b in (x, y, np.full(6, t), noise))
+        weight = (a_s / (1 - a_s) - a_t / (1 - a_t)) / 2 * (1 - a_t) / (1 if predict == "v" else a_t)
+        assert kl.mean() == pytest.approx(float(numpy(net.loss_fn(trainer.model, *arrays))) * weight * 3, rel=1e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -247,6 +251,23 @@ def test_samplers(sampler, steps, backend):
     assert np.corrcoef(path[0][0].ravel(), drawn[(len(drawn) - 1) // steps].ravel())[0, 1] > 0.1  # noise is added
     if sampler in ("ddim", "heun"):  # Euler's error falls with the step, Heun's with its square
         assert np.abs(x - (0.6 + 0.3 * drawn[0])).max() < {"ddim": 0.05, "heun": 0.005}[sampler]
+
+
+@pytest.mark.parametrize("sampler, predict", [("ddim", "v"), *((s, "noise") for s in ("ddpm", "ddim", "heun"))])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrong_guess(backend, sampler, predict):
+    """A network whose predictions are a little wrong makes images that are a little wrong."""
+    trainer = make_trainer("diffusion", 3, backend, predict=predict, image=[1, 1, 1])
+
+    def unet(x, t, y):
+        a = float(trainer.model.a[int(numpy(t)[0])])
+        x_0 = 0.6 + a**0.5 * 0.09 / (1 - 0.91 * a) * (x - a**0.5 * 0.6)
+        eps = (x - a**0.5 * x_0) / (1 - a) ** 0.5
+        return 0.02 + (eps if predict == "noise" else a**0.5 * eps - (1 - a) ** 0.5 * x_0)
+
+    trainer.average = SimpleNamespace(config=trainer.config, a=trainer.model.a, unet=unet)
+    x = trainer.sample(np.zeros(4000, int), np.random.default_rng(0), sampler, 50)[-1]
+    assert x.mean() == pytest.approx(0.6, abs=0.15) and x.std() == pytest.approx(0.3, rel=0.15)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,8 +1,10 @@
 """The mathematics of gan/ against independent calculations; what it learns, as judged by a classifier."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -178,6 +180,23 @@ def test_formulas():
     a, b = rng.standard_normal((2, 200_000, 3)) * std[:, None] + np.array([[0, 0, 0], [1, 0, 2]])[:, None]
     assert data.frechet(a @ turn, b @ turn) == pytest.approx(5 + np.square(std[0] - std[1]).sum(), rel=0.02)
     assert data.frechet(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_best_discriminator():
+    """With G fixed, D learns p / (p + q), and the value rises to -log 4 + 2 JSD(p, q) and not above."""
+    net, rng = load("gan", "mlx"), np.random.default_rng(0)
+    config = net.Config(image=[1, 1, 1], latent=4, hidden=[32, 32], model="gan", ema=0.0)
+    trainer = net.Trainer(config, seed=0, device="cpu")
+    q, d = data.look_at_game(trainer, 0)
+    first = data.theory(q, d)
+    for step in range(150):
+        x, z = data.draw_p(rng, (256, 1, 1, 1)), rng.standard_normal((256, 4), np.float32)
+        loss = partial(net.discriminator_loss, trainer.model, mx.array(x), mx.array(trainer.generate(z)), None, None)
+        trainer.update("discriminator", loss, 5e-3)
+    figures = data.theory(q, data.look_at_game(trainer, 0)[1])
+    assert first["off"] > 0.1 and first["value"] < first["bound"] - 0.1
+    assert figures["bound"] == first["bound"] > -1.3
+    assert figures["off"] < 0.05 and figures["bound"] - 0.05 < figures["value"] < figures["bound"]
 
 
 def test_toy(tmp_path):

@@ -8,12 +8,26 @@ import os
 import re
 import shutil
 import string
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from folders import BACKENDS, batches, copy_alone, load, load_file, make_task, make_trainer, result, run_here
+from folders import (
+    BACKENDS,
+    batches,
+    copy_alone,
+    environment,
+    load,
+    load_file,
+    make_task,
+    make_trainer,
+    result,
+    run_here,
+)
 from test_language import GOLDEN, logits, randomised
 
 GOLDEN = GOLDEN / "gpt2-tiny"
@@ -117,6 +131,25 @@ def test_stop_strings():
     assert streamed("abcabdh") == "abcabdh" and streamed("abcabdh", "abd") == "abc"
     assert streamed("abcabdh", "h", "bd") == "abca" and streamed("abcab", "abd") == "abcab"
     assert streamed("abc", "a") == "" and streamed("fabcb", "bcd", "cb", "gg") == "fab"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_processes(backend, tmp_path):
+    """Two processes share a batch, each computes its half in two parts: one process's log, printed once."""
+    folder = copy_alone("gpt", tmp_path / "gpt")
+    args = "--steps 6 --block-size 16 --n-layer 1 --n-embd 32 --tokens 5 --batch-size 9".split()
+    alone = result(folder, backend, *args, "--out", "alone", run=run_here)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    if backend == "mlx":
+        launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--", sys.executable]
+    command = [*launch, "train.py", "--backend", backend, "--device", "cpu", *args, "--accumulate", "2"]
+    both = subprocess.run(command, cwd=folder, env=environment(backend), capture_output=True, text=True)
+    assert both.returncode == 0, both.stderr
+    val_loss = float(re.search('"val_loss": (.+?)[,}]', both.stdout)[1])
+    figures = [re.findall(r"step +6/6  loss (.*?)  val_loss (.*?) ", out) for out in (alone["printed"], both.stdout)]
+    assert len(figures[0]) == len(figures[1]) == 1
+    np.testing.assert_allclose(*(np.array(found, float) for found in figures), atol=2e-4)
+    assert alone["val_loss"] == pytest.approx(val_loss, abs=1e-5)
 
 
 # ---- dialogues and rewards -------------------------------------------------------------------------------------------

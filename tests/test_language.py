@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from folders import BACKENDS, load, load_file, make_task, make_trainer
+from test_parity import array
 
 GOLDEN = Path(__file__).parent / "golden"
 BOTH = pytest.mark.parametrize("name, backend", [(name, backend) for name in ("gpt", "llama") for backend in BACKENDS])
@@ -17,10 +18,6 @@ SMALL = {
     "llama": dict(block_size=24, vocab_size=29, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=64),
     "transformer": dict(length=24, src_vocab=29, tgt_vocab=29, n_layer=2, n_head=2, width=16),
 }
-
-
-def array(backend, x):
-    return torch.from_numpy(np.ascontiguousarray(x)) if backend == "torch" else mx.array(x)
 
 
 def randomised(name, backend, scale=0.3, **changes):

@@ -97,7 +97,7 @@ def test_optimizers(name, i, backend, changes, by_muon, monkeypatch):
             rule.step()
     for key, w in load(name, backend).get_weights(trainer.model).items():
         moved, expected = w - start[key], params[key].detach().numpy() - start[key]
-        assert np.linalg.norm(moved - expected) < 0.01 * np.linalg.norm(expected), key
+        assert np.linalg.norm(moved - expected) < (0.005 if name == "rnn" else 0.01) * np.linalg.norm(expected), key
 
 
 IDS = {  # the place of each array of tokens or classes in a batch: how many of them Config has
