@@ -229,6 +229,9 @@ class Trainer:
         init_weights(self.model, seed)
         self.optimizer = optim.Adam(0.0, betas=(0.9, 0.99), bias_correction=True)
         self.optimizer.init(self.model.trainable_parameters())
+        if self.device == "gpu":  # one function, and few kernels, for the whole step
+            state = [self.model.state, self.optimizer.state]
+            self.update = mx.compile(self.update, inputs=state, outputs=state)
 
     def arrays(self, *arrays):
         """Numpy to the framework."""
@@ -238,6 +241,12 @@ class Trainer:
         """One update, x to y (B, H, W, C) float32 in [0, 1], eps (B, latent); {"loss"} before it, in nats per image."""
         x, y, eps = self.arrays(x, y, eps)
         self.optimizer.learning_rate = lr
+        loss = self.update(x, y, eps)
+        mx.eval(loss, self.model.parameters(), self.optimizer.state)  # MLX is lazy: the step is computed here
+        return {"loss": loss}
+
+    def update(self, x, y, eps):
+        """What a step does to the weights and the optimizer's state; returns the loss before it."""
 
         def total(x, y, eps):
             nll, kl = loss_fn(self.model, x, y, eps)
@@ -245,8 +254,7 @@ class Trainer:
 
         loss, grads = nn.value_and_grad(self.model, total)(x, y, eps)
         self.optimizer.update(self.model, grads)
-        mx.eval(loss, self.model.parameters(), self.optimizer.state)  # MLX is lazy: the step is computed here
-        return {"loss": loss}
+        return loss
 
     def evaluate(self, x, y, eps):
         """{"nelbo", "kl"} or, without a KL, {"val_loss"}: nats per image, for x, y (B, H, W, C), eps (B, latent)."""
@@ -285,9 +293,10 @@ class Trainer:
         with np.load(path, allow_pickle=False) as f:
             arrays, meta = dict(f), json.loads(str(f["meta"]))
         set_weights(self.model, arrays)
-        state = {"step": mx.array(meta["step"], mx.uint64), "learning_rate": self.optimizer.state["learning_rate"]}
+        state = {"step": mx.array(meta["step"], mx.uint64)}
         for kind in ("m", "v"):
             moments = {name[2:]: a for name, a in arrays.items() if name[:2] == f"{kind}."}
             state |= {f"{name}.{kind}": a for name, a in from_numpy(self.model, moments).items()}
-        self.optimizer.state = tree_unflatten(list(state.items()))
+        self.optimizer.state.update(tree_unflatten(list(state.items())))
+        self.optimizer.init(self.model.trainable_parameters())  # adds branches of the tree that have no arrays
         return meta["step"]

@@ -227,18 +227,23 @@ class Trainer:
 
     def arrays(self, *arrays):
         """Numpy to the framework."""
-        return [torch.from_numpy(a).to(self.device) for a in arrays]
+        return [torch.from_numpy(a).to(self.device, non_blocking=self.device == "cuda") for a in arrays]
 
     def step(self, x, y, eps, lr):
         """One update, x to y (B, H, W, C) float32 in [0, 1], eps (B, latent); {"loss"} before it, in nats per image."""
         x, y, eps = self.arrays(x, y, eps)
         self.optimizer.param_groups[0]["lr"] = lr
+        loss = self.update(x, y, eps)
+        return {"loss": loss}
+
+    def update(self, x, y, eps):
+        """What a step does to the weights and the optimizer's state; returns the loss before it."""
         self.optimizer.zero_grad()
         nll, kl = loss_fn(self.model, x, y, eps)
         loss = nll + self.config.beta * kl
         loss.backward()
         self.optimizer.step()
-        return {"loss": loss.detach()}
+        return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, x, y, eps):

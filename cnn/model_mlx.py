@@ -355,11 +355,21 @@ class Learner:
         self.model = model
         self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(model.parameters())}
         self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(model.parameters())}
+        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+            state = [model.state, self.m, self.v]
+            update = mx.compile(self.update, inputs=state, outputs=state)
+            self.update = lambda arrays, *numbers: update(arrays, *map(mx.array, numbers))
 
-    def update(self, loss_of, lr):
-        """One step down the gradient of loss_of(), by Muon for filters, else AdamW; returns the loss before it."""
+    def learn(self, *arrays, lr):
+        """One update on the arrays that self.loss takes; returns {"loss"} before it."""
         self.t += 1
-        loss, grads = nn.value_and_grad(self.model, loss_of)()
+        loss = self.update(arrays, lr, self.t)
+        mx.eval(loss, self.model.parameters(), self.m, self.v)  # MLX is lazy: the step is computed here
+        return {"loss": loss}
+
+    def update(self, arrays, lr, t):
+        """Step t down the gradient of the loss, by Muon for filters, else AdamW; returns the loss before it."""
+        loss, grads = nn.value_and_grad(self.model, self.loss)(*arrays)
         grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
         for name, p in params.items():
             decay = self.config.weight_decay if p.ndim > 1 else 0.0
@@ -368,9 +378,8 @@ class Learner:
                 p_m = muon(p.flatten(1), g.flatten(1), m.flatten(1), lr, decay)
                 params[name], self.m[name] = (a.reshape(p.shape) for a in p_m)
             else:
-                params[name], self.m[name], self.v[name] = adamw(p, g, m, v, lr, self.t, decay)
+                params[name], self.m[name], self.v[name] = adamw(p, g, m, v, lr, t, decay)
         self.model.update(tree_unflatten(list(params.items())))
-        mx.eval(loss, params, self.m, self.v)  # MLX is lazy: the step is computed here
         return loss
 
     def save(self, path, step, **extra):
@@ -393,9 +402,8 @@ class Learner:
                     raise ValueError(f"{key} is missing or does not have the shape {w.shape}")
         set_weights(self.model, arrays)
         self.t = meta["step"]
-        self.m, self.v = (
-            from_numpy(self.model, {name: arrays[f"{kind}.{name}"] for name in self.m}) for kind in ("m", "v")
-        )
+        for kind, moments in (("m", self.m), ("v", self.v)):
+            moments.update(from_numpy(self.model, {name: arrays[f"{kind}.{name}"] for name in moments}))
         return self.t
 
 
@@ -412,12 +420,14 @@ class Trainer(Learner):
         """Numpy to the framework. Labels are checked first: MLX would silently read past the end of an array."""
         if not 0 <= y.min() <= y.max() < self.config.n_out:
             raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
-        return mx.array(x), mx.array(y)
+        return [mx.array(a) for a in (x, y)]
 
     def step(self, x, y, lr):
         """One update on x (B, H, W, C) float32 and y (B,) int64; returns {"loss"} before the update."""
-        x, y = self.arrays(x, y)
-        return {"loss": self.update(lambda: loss_fn(self.model(x), y, self.config.label_smoothing), lr)}
+        return self.learn(*self.arrays(x, y), lr=lr)
+
+    def loss(self, x, y):
+        return loss_fn(self.model(x), y, self.config.label_smoothing)
 
     def evaluate(self, x, y):
         """{"val_loss", "accuracy"} on x (B, H, W, C) and y (B,)."""
@@ -461,6 +471,7 @@ class Stylist(Learner):
         content, style = (self.net(mx.array(a[None])) for a in (content, style))
         self.content = [content[layer] for layer in self.net.content]
         self.style = [gram(style[layer]) for layer in self.net.style]
+        mx.eval(self.content, self.style)  # else a compiled step would compute them each time
 
     def losses(self):
         x = self.model.image
@@ -476,7 +487,7 @@ class Stylist(Learner):
 
     def step(self, lr):
         """One update of the image; returns {"loss"} before the update."""
-        return {"loss": self.update(self.loss, lr)}
+        return self.learn(lr=lr)
 
     def evaluate(self):
         """{"content_loss", "style_loss"}: the distance from the content and from the style, relative to each."""

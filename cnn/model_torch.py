@@ -360,18 +360,23 @@ class Learner:
         self.m = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         self.v = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
-    def update(self, loss_of, lr):
-        """One step down the gradient of loss_of(), by Muon for filters, else AdamW; returns the loss before it."""
+    def learn(self, *arrays, lr):
+        """One update on the arrays that self.loss takes; returns {"loss"} before it."""
         self.t += 1
+        loss = self.update(arrays, lr, self.t)
+        return {"loss": loss}
+
+    def update(self, arrays, lr, t):
+        """Step t down the gradient of the loss, by Muon for filters, else AdamW; returns the loss before it."""
         self.model.zero_grad()
-        loss = loss_of()
+        loss = self.loss(*arrays)
         loss.backward()
         for name, p in self.model.named_parameters():
             decay = self.config.weight_decay if p.ndim > 1 else 0.0
             if p.ndim == 4 and name.endswith("weight"):  # filters: a matrix with a row for each
                 muon(p.data.flatten(1), p.grad.flatten(1), self.m[name].flatten(1), lr, decay)
             else:
-                adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
+                adamw(p, p.grad, self.m[name], self.v[name], lr, t, decay)
         return loss.detach()
 
     def save(self, path, step, **extra):
@@ -394,9 +399,8 @@ class Learner:
                     raise ValueError(f"{key} is missing or does not have the shape {w.shape}")
         set_weights(self.model, arrays)
         self.t = meta["step"]
-        self.m, self.v = (
-            from_numpy(self.model, {name: arrays[f"{kind}.{name}"] for name in self.m}) for kind in ("m", "v")
-        )
+        for kind, moments in (("m", self.m), ("v", self.v)):
+            moments.update(from_numpy(self.model, {name: arrays[f"{kind}.{name}"] for name in moments}))
         return self.t
 
 
@@ -413,12 +417,14 @@ class Trainer(Learner):
         """Numpy to the framework. Labels are checked first: MLX would silently read past the end of an array."""
         if not 0 <= y.min() <= y.max() < self.config.n_out:
             raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
-        return torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
+        return [torch.from_numpy(a).to(self.device, non_blocking=self.device == "cuda") for a in (x, y)]
 
     def step(self, x, y, lr):
         """One update on x (B, H, W, C) float32 and y (B,) int64; returns {"loss"} before the update."""
-        x, y = self.arrays(x, y)
-        return {"loss": self.update(lambda: loss_fn(self.model(x), y, self.config.label_smoothing), lr)}
+        return self.learn(*self.arrays(x, y), lr=lr)
+
+    def loss(self, x, y):
+        return loss_fn(self.model(x), y, self.config.label_smoothing)
 
     @torch.no_grad()
     def evaluate(self, x, y):
@@ -493,7 +499,7 @@ class Stylist(Learner):
 
     def step(self, lr):
         """One update of the image; returns {"loss"} before the update."""
-        return {"loss": self.update(self.loss, lr)}
+        return self.learn(lr=lr)
 
     @torch.no_grad()
     def evaluate(self):

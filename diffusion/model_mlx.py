@@ -268,6 +268,9 @@ def autoencoder_loss(model, x, y, t, noise):
     return ((model.autoencoder.decode(z + 0.1 * noise) - x) ** 2).mean()
 
 
+LOSSES = {"autoencoder.": autoencoder_loss, "unet.": loss_fn}  # of each part, by the prefix of its parameters' names
+
+
 def guess(model, x, t, y, none=None, guidance=1.0):
     """The network's estimate of what x_t (B, H, W, C) was made of: (x_0, eps). t is a number.
 
@@ -472,6 +475,10 @@ class Trainer:
         self.average.update(self.model.parameters())
         self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
         self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
+        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+            state = [self.model.state, self.average.state, self.m, self.v]
+            update = mx.compile(self.update, inputs=state, outputs=state)
+            self.update = lambda part, arrays, *numbers: update(part, arrays, *map(mx.array, numbers))
 
     def arrays(self, x, y, *more):
         """Numpy to the framework. y is checked first: MLX would silently read past the end of an array."""
@@ -480,20 +487,27 @@ class Trainer:
         return [mx.array(a) for a in (x, y, *more)]
 
     def phase(self):
-        """What is trained now: the prefix of its parameters' names, and its loss."""
-        return ("autoencoder.", autoencoder_loss) if self.t < self.config.first else ("unet.", loss_fn)
+        """The part that is trained now."""
+        return "autoencoder." if self.t < self.config.first else "unet."
 
     def step(self, x, y, t, noise, lr):
         """One update on x (B, H, W, C) from -1 to 1, y (B,) or (B, length), t (B,) from 1 to T, noise as x or latents.
 
         Returns {"loss"}, the one before the update. Matrices are updated by Muon, the rest by AdamW.
         """
-        x, y, t, noise = self.arrays(x, y, t, noise)
-        part, of = self.phase()
-        loss, grads = nn.value_and_grad(self.model, lambda: of(self.model, x, y, t, noise))()
+        arrays, part = self.arrays(x, y, t, noise), self.phase()
         self.t += 1
         n = self.t - (self.config.first if part == "unet." else 0)  # steps of this part
         keep = min(self.config.ema, n / (n + 10))  # at first, average over fewer steps
+        loss = self.update(part, arrays, lr, n, keep)
+        mx.eval(loss, self.model, self.average, self.m, self.v)  # MLX is lazy: the step is computed here
+        if self.t == self.config.first:  # the latents to learn are those of the average, which is to decode them
+            self.model.update(self.average.parameters())
+        return {"loss": loss}
+
+    def update(self, part, arrays, lr, t, keep):
+        """What step t of a part does to it, and to the average, which keeps the share `keep`; returns the loss."""
+        loss, grads = nn.value_and_grad(self.model, lambda: LOSSES[part](self.model, *arrays))()
         grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
         average = dict(tree_flatten(self.average.parameters()))
         for name, p in params.items():
@@ -504,18 +518,15 @@ class Trainer:
                 p_m = muon(p.flatten(1), g.flatten(1), m.flatten(1), lr, 0.0)
                 params[name], self.m[name] = (a.reshape(p.shape) for a in p_m)
             else:
-                params[name], self.m[name], self.v[name] = adamw(p, g, m, v, lr, n, 0.0)
+                params[name], self.m[name], self.v[name] = adamw(p, g, m, v, lr, t, 0.0)
             average[name] = average[name] + (1 - keep) * (params[name] - average[name])
         self.model.update(tree_unflatten(list(params.items())))
         self.average.update(tree_unflatten(list(average.items())))
-        mx.eval(loss, params, average, self.m, self.v)  # MLX is lazy: the step is computed here
-        if self.t == self.config.first:  # the latents to learn are those of the average, which is to decode them
-            self.model.update(self.average.parameters())
-        return {"loss": loss}
+        return loss
 
     def evaluate(self, x, y, t, noise):
         """{"val_loss"} of the average of the weights: the autoencoder's while that is trained."""
-        return {"val_loss": self.phase()[1](self.average, *self.arrays(x, y, t, noise))}
+        return {"val_loss": LOSSES[self.phase()](self.average, *self.arrays(x, y, t, noise))}
 
     def bound(self, x, y, rng, steps=50):
         """Upper bound on -log2 p(x | y), in bits per dimension of x (B, H, W, C), for a chain of `steps` of the T."""
@@ -575,5 +586,6 @@ class Trainer:
         set_weights(self.model, arrays)
         set_weights(self.average, part("average."))
         self.t = meta["step"]
-        self.m, self.v = (from_numpy(self.model, part(start)) for start in ("m.", "v."))
+        self.m.update(from_numpy(self.model, part("m.")))
+        self.v.update(from_numpy(self.model, part("v.")))
         return self.t

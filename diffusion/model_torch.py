@@ -268,6 +268,9 @@ def autoencoder_loss(model, x, y, t, noise):
     return ((model.autoencoder.decode(z + 0.1 * noise) - x) ** 2).mean()
 
 
+LOSSES = {"autoencoder.": autoencoder_loss, "unet.": loss_fn}  # of each part, by the prefix of its parameters' names
+
+
 def guess(model, x, t, y, none=None, guidance=1.0):
     """The network's estimate of what x_t (B, H, W, C) was made of: (x_0, eps). t is a number.
 
@@ -476,41 +479,45 @@ class Trainer:
         """Numpy to the framework. y is checked first: MLX would silently read past the end of an array."""
         if not 0 <= y.min() <= y.max() < (self.config.vocab_size or self.config.n_class + 1):
             raise ValueError("a class or a word of y is outside the model's")
-        return [torch.from_numpy(a).to(self.device) for a in (x, y, *more)]
+        return [torch.from_numpy(a).to(self.device, non_blocking=self.device == "cuda") for a in (x, y, *more)]
 
     def phase(self):
-        """What is trained now: the prefix of its parameters' names, and its loss."""
-        return ("autoencoder.", autoencoder_loss) if self.t < self.config.first else ("unet.", loss_fn)
+        """The part that is trained now."""
+        return "autoencoder." if self.t < self.config.first else "unet."
 
     def step(self, x, y, t, noise, lr):
         """One update on x (B, H, W, C) from -1 to 1, y (B,) or (B, length), t (B,) from 1 to T, noise as x or latents.
 
         Returns {"loss"}, the one before the update. Matrices are updated by Muon, the rest by AdamW.
         """
-        x, y, t, noise = self.arrays(x, y, t, noise)
-        part, of = self.phase()
-        loss = of(self.model, x, y, t, noise)
+        arrays, part = self.arrays(x, y, t, noise), self.phase()
         self.t += 1
-        self.model.zero_grad()
-        loss.backward()
         n = self.t - (self.config.first if part == "unet." else 0)  # steps of this part
         keep = min(self.config.ema, n / (n + 10))  # at first, average over fewer steps
+        loss = self.update(part, arrays, lr, n, keep)
+        if self.t == self.config.first:  # the latents to learn are those of the average, which is to decode them
+            self.model.load_state_dict(self.average.state_dict())
+        return {"loss": loss}
+
+    def update(self, part, arrays, lr, t, keep):
+        """What step t of a part does to it, and to the average, which keeps the share `keep`; returns the loss."""
+        loss = LOSSES[part](self.model, *arrays)
+        self.model.zero_grad()
+        loss.backward()
         for (name, p), average in zip(self.model.named_parameters(), self.average.parameters()):
             if not name.startswith(part):
                 continue
             if p.ndim > 1 and not embedding(name):  # filters: a matrix with a row for each
                 muon(p.flatten(1), p.grad.flatten(1), self.m[name].flatten(1), lr, 0.0)
             else:
-                adamw(p, p.grad, self.m[name], self.v[name], lr, n, 0.0)
+                adamw(p, p.grad, self.m[name], self.v[name], lr, t, 0.0)
             average.data.lerp_(p.data, 1 - keep)
-        if self.t == self.config.first:  # the latents to learn are those of the average, which is to decode them
-            self.model.load_state_dict(self.average.state_dict())
-        return {"loss": loss.detach()}
+        return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, x, y, t, noise):
         """{"val_loss"} of the average of the weights: the autoencoder's while that is trained."""
-        return {"val_loss": self.phase()[1](self.average, *self.arrays(x, y, t, noise))}
+        return {"val_loss": LOSSES[self.phase()](self.average, *self.arrays(x, y, t, noise))}
 
     @torch.no_grad()
     def bound(self, x, y, rng, steps=50):
@@ -572,5 +579,6 @@ class Trainer:
         set_weights(self.model, arrays)
         set_weights(self.average, part("average."))
         self.t = meta["step"]
-        self.m, self.v = (from_numpy(self.model, part(start)) for start in ("m.", "v."))
+        self.m.update(from_numpy(self.model, part("m.")))
+        self.v.update(from_numpy(self.model, part("v.")))
         return self.t

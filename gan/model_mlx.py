@@ -271,18 +271,14 @@ class Trainer:
         for player in ("generator", "discriminator"):
             self.optimizers[player] = optim.Adam(0.0, betas=betas, bias_correction=True)
             self.optimizers[player].init(getattr(self.model, player).trainable_parameters())
+        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+            state = [self.model.state, self.average.state, *(o.state for o in self.optimizers.values())]
+            play = mx.compile(self.play, inputs=state, outputs=state)
+            self.play = lambda x, z, u, *numbers: play(x, z, u, *map(mx.array, numbers))
 
     def arrays(self, *arrays):
         """Numpy to the framework."""
         return [mx.array(a) for a in arrays]
-
-    def update(self, player, loss, lr):
-        """One step of a player down the first output of loss(); returns it, and the mean of D(.) from the second."""
-        net, optimizer = getattr(self.model, player), self.optimizers[player]
-        optimizer.learning_rate = lr
-        (first, s), grads = nn.value_and_grad(net, loss)()  # these alone: the other player stays as it is
-        optimizer.update(net, grads)
-        return first, self.opinion(s).mean()
 
     def step(self, x, z, u, lr):
         """n = d_steps updates of D and one of G: x (n, B, H, W, C), z (n + 1, B, latent + n_class), u (n, B).
@@ -292,17 +288,30 @@ class Trainer:
         """
         x, z, u = self.arrays(x, z, u)
         self.t += 1
+        ema = min(self.config.ema, (1 + self.t) / (10 + self.t))  # the start, plain grey, is soon forgotten
+        loss, g_loss, real, s = self.play(x, z, u, lr, ema)
+        state = [self.model.parameters(), self.average.parameters(), [o.state for o in self.optimizers.values()]]
+        mx.eval(loss, g_loss, real, s, state)  # MLX is lazy: the step is computed here
+        return {"loss": loss, "g_loss": g_loss, "D(x)": real, "D(G(z))": s}
+
+    def play(self, x, z, u, lr, ema):
+        """What a step does to both players and the average of G, which keeps the share ema; returns step's figures."""
         for x_i, z_i, u_i in zip(x, z, u):
             fake = self.model.generator(z_i)
             loss = partial(discriminator_loss, self.model, x_i, fake, z_i[:, self.config.latent :], u_i)
             loss, real = self.update("discriminator", loss, lr * self.config.d_lr)
         g_loss, s = self.update("generator", partial(generator_loss, self.model, z[-1]), lr)
-        ema = min(self.config.ema, (1 + self.t) / (10 + self.t))  # the start, plain grey, is soon forgotten
         average, generator = self.average.parameters(), self.model.generator.parameters()
         self.average.update(tree_map(lambda a, p: a + (1 - ema) * (p - a), average, generator))
-        state = [self.model.parameters(), self.average.parameters(), [o.state for o in self.optimizers.values()]]
-        mx.eval(loss, g_loss, real, s, state)  # MLX is lazy: the step is computed here
-        return {"loss": loss, "g_loss": g_loss, "D(x)": real, "D(G(z))": s}
+        return loss, g_loss, real, s
+
+    def update(self, player, loss, lr):
+        """One step of a player down the first output of loss(); returns it, and the mean of D(.) from the second."""
+        net, optimizer = getattr(self.model, player), self.optimizers[player]
+        optimizer.learning_rate = lr
+        (first, s), grads = nn.value_and_grad(net, loss)()  # these alone: the other player stays as it is
+        optimizer.update(net, grads)
+        return first, self.opinion(s).mean()
 
     def opinion(self, s):
         return s if self.config.loss == "wgan-gp" else mx.sigmoid(s)
@@ -356,5 +365,6 @@ class Trainer:
             state = dict(tree_flatten(optimizer.state)) | {"step": mx.array(updates, mx.uint64)}
             for name, _ in tree_flatten(getattr(self.model, player).trainable_parameters()):
                 state |= {f"{name}.m": m[f"{player}.{name}"], f"{name}.v": v[f"{player}.{name}"]}
-            optimizer.state = tree_unflatten(list(state.items()))
+            optimizer.state.update(tree_unflatten(list(state.items())))
+            optimizer.init(getattr(self.model, player).trainable_parameters())  # adds branches that have no arrays
         return self.t

@@ -266,7 +266,32 @@ class Trainer:
 
     def arrays(self, *arrays):
         """Numpy to the framework."""
-        return [torch.from_numpy(a).to(self.device) for a in arrays]
+        return [torch.from_numpy(a).to(self.device, non_blocking=self.device == "cuda") for a in arrays]
+
+    def step(self, x, z, u, lr):
+        """n = d_steps updates of D and one of G: x (n, B, H, W, C), z (n + 1, B, latent + n_class), u (n, B).
+
+        The classes in z[i] are those of x[i]. Returns {"loss", "g_loss"}, of D and G, each before its last update; and
+        D(x), D(G(z)), or the critic's s.
+        """
+        x, z, u = self.arrays(x, z, u)
+        self.t += 1
+        ema = min(self.config.ema, (1 + self.t) / (10 + self.t))  # the start, plain grey, is soon forgotten
+        loss, g_loss, real, s = self.play(x, z, u, lr, ema)
+        return {"loss": loss, "g_loss": g_loss, "D(x)": real, "D(G(z))": s}
+
+    def play(self, x, z, u, lr, ema):
+        """What a step does to both players and the average of G, which keeps the share ema; returns step's figures."""
+        for x_i, z_i, u_i in zip(x, z, u):
+            with torch.no_grad():
+                fake = self.model.generator(z_i)
+            loss = partial(discriminator_loss, self.model, x_i, fake, z_i[:, self.config.latent :], u_i)
+            loss, real = self.update("discriminator", loss, lr * self.config.d_lr)
+        g_loss, s = self.update("generator", partial(generator_loss, self.model, z[-1]), lr)
+        for a, p in zip(self.average.state_dict().values(), self.model.generator.state_dict().values()):
+            if a.is_floating_point():
+                a.lerp_(p, 1 - ema)
+        return loss, g_loss, real, s
 
     def update(self, player, loss, lr):
         """One step of a player down the first output of loss(); returns it, and the mean of D(.) from the second."""
@@ -277,26 +302,6 @@ class Trainer:
         first.backward(inputs=list(net.parameters()))  # these alone: the other player stays as it is
         optimizer.step()
         return first.detach(), self.opinion(s.detach()).mean()
-
-    def step(self, x, z, u, lr):
-        """n = d_steps updates of D and one of G: x (n, B, H, W, C), z (n + 1, B, latent + n_class), u (n, B).
-
-        The classes in z[i] are those of x[i]. Returns {"loss", "g_loss"}, of D and G, each before its last update; and
-        D(x), D(G(z)), or the critic's s.
-        """
-        x, z, u = self.arrays(x, z, u)
-        self.t += 1
-        for x_i, z_i, u_i in zip(x, z, u):
-            with torch.no_grad():
-                fake = self.model.generator(z_i)
-            loss = partial(discriminator_loss, self.model, x_i, fake, z_i[:, self.config.latent :], u_i)
-            loss, real = self.update("discriminator", loss, lr * self.config.d_lr)
-        g_loss, s = self.update("generator", partial(generator_loss, self.model, z[-1]), lr)
-        ema = min(self.config.ema, (1 + self.t) / (10 + self.t))  # the start, plain grey, is soon forgotten
-        for a, p in zip(self.average.state_dict().values(), self.model.generator.state_dict().values()):
-            if a.is_floating_point():
-                a.lerp_(p, 1 - ema)
-        return {"loss": loss, "g_loss": g_loss, "D(x)": real, "D(G(z))": s}
 
     def opinion(self, s):
         return s if self.config.loss == "wgan-gp" else torch.sigmoid(s)

@@ -324,7 +324,7 @@ class Trainer:
             return loss_fn(self.model(x).astype(mx.float32), y, weights)
 
         self.loss_and_grads = mx.value_and_grad(loss)
-        if compile:  # the random state is for dropout
+        if compile or self.device == "gpu":  # few kernels instead of many; the random state is for dropout
             self.loss_and_grads = mx.compile(self.loss_and_grads, inputs=mx.random.state, outputs=mx.random.state)
 
     def arrays(self, *arrays):

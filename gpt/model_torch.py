@@ -335,7 +335,7 @@ class Trainer:
         """Numpy to the framework. Tokens are checked first: MLX would silently read past the end of an array."""
         if any(a.dtype.kind == "i" and (a.min() < 0 or a.max() >= self.config.vocab_size) for a in arrays):
             raise ValueError(f"a token is outside 0 ... {self.config.vocab_size - 1}")
-        return [torch.from_numpy(a).to(self.device) for a in arrays]
+        return [torch.from_numpy(a).to(self.device, non_blocking=self.device == "cuda") for a in arrays]
 
     def step(self, x, y, weights=None, *, lr):
         """One update on x (B, T) int64 and y, the tokens that follow; returns {"loss"}, before the update.

@@ -96,7 +96,7 @@ def read_args():
     add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best available)")
     add("--out", type=Path, help="the output folder")
     add("--resume", action="store_true", help="continue from OUT/ckpt.npz, whichever backend wrote it")
-    add("--compile", action="store_true", help="compile the model first")
+    add("--compile", action="store_true", help="compile the model first; MLX on a GPU always does")
     add("--export-hf", type=Path, metavar="DIR", help="at the end, save the weights there in Hugging Face's format")
     add("--chat", action="store_true", help="chat, rl: at the end, chat in the terminal")
     add("--prompt", help="the text to continue or answer; - reads the standard input")

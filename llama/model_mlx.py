@@ -430,7 +430,7 @@ class Trainer:
             return loss_fn(self.model(x).astype(mx.float32), y) / n
 
         self.loss_and_grads = mx.value_and_grad(loss)
-        if compile:
+        if compile or self.device == "gpu":  # few kernels instead of many
             self.loss_and_grads = mx.compile(self.loss_and_grads)
 
     def arrays(self, x, *y):

@@ -471,7 +471,7 @@ class Trainer:
         """Numpy to the framework. Tokens are checked first: MLX would silently read past the end of an array."""
         if x.min() < 0 or any(a.min() < -1 or a.max() >= self.config.vocab_size for a in (x, *y)):
             raise ValueError(f"a token is outside 0 ... {self.config.vocab_size - 1}")
-        return [torch.from_numpy(a).to(self.device) for a in (x, *y)]
+        return [torch.from_numpy(a).to(self.device, non_blocking=self.device == "cuda") for a in (x, *y)]
 
     def step(self, x, y, lr):
         """One update on x (B, T) int64 and y, x shifted by one, -1 where a token does not count.

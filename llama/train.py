@@ -97,7 +97,7 @@ def read_args():
     add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best available)")
     add("--out", type=Path, help="the output folder")
     add("--resume", action="store_true", help="continue from OUT/ckpt.npz, whichever backend wrote it")
-    add("--compile", action="store_true", help="compile the model first")
+    add("--compile", action="store_true", help="compile the model first; MLX on a GPU always does")
     add("--merge", action="store_true", help="merge the adapters into the weights, in OUT/merged/ckpt.npz")
     add("--export-hf", type=Path, metavar="DIR", help="at the end, save the weights there in Hugging Face's format")
     add("--export-dtype", choices=["float32", "bfloat16"], default="float32", help="of these weights")

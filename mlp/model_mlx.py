@@ -190,37 +190,45 @@ class Trainer:
         else:
             self.optimizer = optim.SGD(0.0, momentum=0.9 if config.optimizer == "momentum" else 0.0)
         self.optimizer.init(self.model.trainable_parameters())
+        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+            state = [self.model.state, self.optimizer.state]
+            update = mx.compile(self.update, inputs=state, outputs=state)
+            self.update = lambda x, y, *numbers: update(x, y, *map(mx.array, numbers))
 
     def arrays(self, x, y):
         """Numpy to the framework. Labels are checked first: MLX would silently read past the end of an array."""
         if self.config.loss == "cross_entropy" and not 0 <= y.min() <= y.max() < self.config.n_out:
             raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
-        return mx.array(x), mx.array(y)
+        return [mx.array(a) for a in (x, y)]
 
     def step(self, x, y, lr):
         """One update on x (B, n_in) float32 and y as the loss needs it; returns {"loss"} before the update."""
         x, y = self.arrays(x, y)
         self.t += 1
+        loss = self.update(x, y, lr, self.t)
+        mx.eval(loss, self.model.parameters(), self.optimizer.state)  # MLX is lazy: the step is computed here
+        return {"loss": loss}
+
+    def update(self, x, y, lr, t):
+        """What step number t = 1, 2, ... does to the weights and the optimizer's state; returns the loss before it."""
         if self.config.grad == "by-hand":
-            return {"loss": self.step_by_hand(x, y, lr)}
+            return self.update_by_hand(x, y, lr, t)
         self.optimizer.learning_rate = lr
         loss_and_grads = nn.value_and_grad(self.model, lambda x, y: loss_fn(self.model(x), y, self.config.loss))
         loss, grads = loss_and_grads(x, y)
         self.optimizer.update(self.model, grads)
-        mx.eval(loss, self.model.parameters(), self.optimizer.state)  # MLX is lazy: the step is computed here
-        return {"loss": loss}
+        return loss
 
-    def step_by_hand(self, x, y, lr):
+    def update_by_hand(self, x, y, lr, t):
         loss, grads = loss_and_grads_by_hand(self.model, x, y)
         update = {"sgd": sgd, "momentum": momentum, "adam": adam}[self.config.optimizer]
         params, state = dict(tree_flatten(self.model.parameters())), dict(tree_flatten(self.optimizer.state))
         for name, p in params.items():
             keys = [f"{name}.{key}" for key in self.moments]
-            params[name], *moments = update(p, grads[name], lr, self.t, *(state[key] for key in keys))
+            params[name], *moments = update(p, grads[name], lr, t, *(state[key] for key in keys))
             state.update(zip(keys, moments))
         self.model.update(tree_unflatten(list(params.items())))
-        self.optimizer.state = tree_unflatten(list(state.items()))
-        mx.eval(loss, params, state)
+        self.optimizer.state.update(tree_unflatten(list(state.items())))
         return loss
 
     def evaluate(self, x, y):
@@ -268,5 +276,5 @@ class Trainer:
         for name in get_weights(self.model):
             for letter, key in zip("mv", self.moments):
                 state[f"{name}.{key}"] = mx.array(arrays[f"{letter}.{name}"])
-        self.optimizer.state = tree_unflatten(list(state.items()))
+        self.optimizer.state.update(tree_unflatten(list(state.items())))
         return self.t

@@ -195,28 +195,33 @@ class Trainer:
         """Numpy to the framework. Labels are checked first: MLX would silently read past the end of an array."""
         if self.config.loss == "cross_entropy" and not 0 <= y.min() <= y.max() < self.config.n_out:
             raise ValueError(f"a label is outside 0 ... {self.config.n_out - 1}")
-        return torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
+        return [torch.from_numpy(a).to(self.device, non_blocking=self.device == "cuda") for a in (x, y)]
 
     def step(self, x, y, lr):
         """One update on x (B, n_in) float32 and y as the loss needs it; returns {"loss"} before the update."""
         x, y = self.arrays(x, y)
         self.t += 1
+        loss = self.update(x, y, lr, self.t)
+        return {"loss": loss}
+
+    def update(self, x, y, lr, t):
+        """What step number t = 1, 2, ... does to the weights and the optimizer's state; returns the loss before it."""
         if self.config.grad == "by-hand":
-            return {"loss": self.step_by_hand(x, y, lr)}
+            return self.update_by_hand(x, y, lr, t)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad()
         loss = loss_fn(self.model(x), y, self.config.loss)
         loss.backward()
         self.optimizer.step()
-        return {"loss": loss.detach()}
+        return loss.detach()
 
     @torch.no_grad()
-    def step_by_hand(self, x, y, lr):
+    def update_by_hand(self, x, y, lr, t):
         loss, grads = loss_and_grads_by_hand(self.model, x, y)
         update = {"sgd": sgd, "momentum": momentum, "adam": adam}[self.config.optimizer]
         for name, p in self.model.named_parameters():
             state = self.optimizer.state[p]
-            new, *moments = update(p, grads[name], lr, self.t, *(state[key] for key in self.moments))
+            new, *moments = update(p, grads[name], lr, t, *(state[key] for key in self.moments))
             p.copy_(new)
             state.update(zip(self.moments, moments))
         return loss

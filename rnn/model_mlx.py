@@ -321,6 +321,10 @@ class Trainer:
         init_weights(self.model, seed)
         self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
         self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
+        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+            state = [self.model.state, self.m, self.v]
+            update = mx.compile(self.update, inputs=state, outputs=state)
+            self.update = lambda x, y, beside, state, *numbers: update(x, y, beside, state, *map(mx.array, numbers))
 
     def arrays(self, x, y, *more):
         """Numpy to the framework; None stays. Tokens and classes are checked: MLX would silently read past the end."""
@@ -337,13 +341,19 @@ class Trainer:
         """
         x, y, keep, beside = self.arrays(x, y, keep, beside)
         self.t += 1
+        loss, last, norm = self.update(x, y, beside, self.carried(len(x), keep), lr, self.t)
+        self.state = None if keep is None else last  # here backpropagation through time is truncated
+        mx.eval(loss, last, norm, self.model.parameters(), self.m, self.v)  # MLX is lazy: the step is computed here
+        return {"loss": loss, "grad_norm": norm}
+
+    def update(self, x, y, beside, state, lr, t):
+        """What step t does to the weights and moments; returns the loss before it, the last state and the norm."""
 
         def total():
-            out, last = self.model(x, self.carried(keep), beside)
+            out, last = self.model(x, state, beside)
             return loss_fn(out, y, self.config.loss), last
 
         (loss, last), grads = nn.value_and_grad(self.model, total)()
-        self.state = None if keep is None else last  # here backpropagation through time is truncated
         grads, norm = optim.clip_grad_norm(grads, self.config.clip)
         grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
         for name, p in params.items():
@@ -354,15 +364,14 @@ class Trainer:
                 params[name], self.m[name] = muon(p, grads[name], self.m[name], lr, decay)
             else:
                 g, m, v = grads[name], self.m[name], self.v[name]
-                params[name], self.m[name], self.v[name] = adamw(p, g, m, v, lr, self.t, decay)
+                params[name], self.m[name], self.v[name] = adamw(p, g, m, v, lr, t, decay)
         self.model.update(tree_unflatten(list(params.items())))
-        mx.eval(loss, last, norm, params, self.m, self.v)  # MLX is lazy: the step is computed here
-        return {"loss": loss, "grad_norm": norm}
+        return loss, last, norm
 
-    def carried(self, keep):
+    def carried(self, B, keep):
         """The state after the last step where keep (B,) is 1, else 0; a batch of another size starts from 0."""
-        if keep is None or self.state is None or self.state.shape[2] != len(keep):
-            return None
+        if keep is None or self.state is None or self.state.shape[2] != B:
+            return self.model.zero_state(B)
         return self.state * keep[:, None]
 
     def evaluate(self, x, y, beside=None):

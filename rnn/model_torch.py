@@ -319,7 +319,8 @@ class Trainer:
         for ids, n in ((x, self.config.vocab_size), (y, self.config.n_out)):
             if ids.dtype == np.int64 and not 0 <= ids.min() <= ids.max() < n:
                 raise ValueError(f"a token or a label is outside 0 ... {n - 1}")
-        return [a if a is None else torch.from_numpy(a).to(self.device) for a in (x, y, *more)]
+        go_on = self.device == "cuda"  # which copies while the host prepares what comes next
+        return [a if a is None else torch.from_numpy(a).to(self.device, non_blocking=go_on) for a in (x, y, *more)]
 
     def step(self, x, y, keep=None, beside=None, *, lr):
         """One update; returns {"loss", "grad_norm"}, before the update and before clipping.
@@ -329,11 +330,16 @@ class Trainer:
         """
         x, y, keep, beside = self.arrays(x, y, keep, beside)
         self.t += 1
+        loss, last, norm = self.update(x, y, beside, self.carried(len(x), keep), lr, self.t)
+        self.state = None if keep is None else last  # here backpropagation through time is truncated
+        return {"loss": loss, "grad_norm": norm}
+
+    def update(self, x, y, beside, state, lr, t):
+        """What step t does to the weights and moments; returns the loss before it, the last state and the norm."""
         self.model.zero_grad()
-        out, last = self.model(x, self.carried(keep), beside)
+        out, last = self.model(x, state, beside)
         loss = loss_fn(out, y, self.config.loss)
         loss.backward()
-        self.state = None if keep is None else last.detach()  # here backpropagation through time is truncated
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         for name, p in self.model.named_parameters():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
@@ -342,13 +348,13 @@ class Trainer:
             elif self.config.optimizer == "muon" and p.ndim == 2 and name.startswith("layers."):  # the cells' matrices
                 muon(p, p.grad, self.m[name], lr, decay)
             else:
-                adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
-        return {"loss": loss.detach(), "grad_norm": norm}
+                adamw(p, p.grad, self.m[name], self.v[name], lr, t, decay)
+        return loss.detach(), last.detach(), norm
 
-    def carried(self, keep):
+    def carried(self, B, keep):
         """The state after the last step where keep (B,) is 1, else 0; a batch of another size starts from 0."""
-        if keep is None or self.state is None or self.state.shape[2] != len(keep):
-            return None
+        if keep is None or self.state is None or self.state.shape[2] != B:
+            return self.model.zero_state(B)
         return self.state * keep[:, None]
 
     @torch.no_grad()

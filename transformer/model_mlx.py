@@ -501,6 +501,10 @@ class Trainer:
         muons = [name for name, p in self.m.items() if p.ndim == 2 and "blocks." in name]  # the matrices of the blocks
         adamws = self.m.keys() - (muons if config.optimizer == "muon" else [])
         self.v = {name: mx.zeros_like(p) for name, p in self.m.items() if name in adamws}
+        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+            state = [self.model.state, self.average.state, self.m, self.v, mx.random.state]
+            update = mx.compile(self.update, inputs=state, outputs=state)
+            self.update = lambda arrays, *numbers: update(arrays, *map(mx.array, numbers))
 
     def arrays(self, *arrays):
         """Numpy to the framework. Ids are checked first: MLX would silently read past the end of an array."""
@@ -517,6 +521,14 @@ class Trainer:
         self.t += 1
         mx.random.seed(self.seed + 1_000_003 * self.t)  # for dropout, the only randomness in the framework
         self.model.train()
+        keep = min(self.config.ema, self.t / (self.t + 10))  # at first, average over fewer steps
+        loss = self.update(arrays, lr, self.t, keep)
+        self.model.eval()
+        mx.eval(loss, self.model, self.average, self.m, self.v)  # MLX is lazy: the step is computed here
+        return {"loss": loss}
+
+    def update(self, arrays, lr, t, keep):
+        """What step t does to weights, moments and average, which keeps the share `keep`; returns the loss."""
         (loss, _), grads = nn.value_and_grad(self.model, self.model.loss)(*arrays)
         grads, _ = optim.clip_grad_norm(grads, 1.0)
         grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))
@@ -524,18 +536,15 @@ class Trainer:
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
             if name in self.v:
                 moments = self.m[name], self.v[name]
-                params[name], self.m[name], self.v[name] = adamw(p, grads[name], *moments, lr, self.t, decay)
+                params[name], self.m[name], self.v[name] = adamw(p, grads[name], *moments, lr, t, decay)
             else:
                 params[name], self.m[name] = muon(p, grads[name], self.m[name], lr, decay)
         self.model.update(tree_unflatten(list(params.items())))
-        self.model.eval()
         if self.config.ema:
-            keep = min(self.config.ema, self.t / (self.t + 10))  # at first, average over fewer steps
             for name, average in tree_flatten(self.average.parameters()):
                 params[name] = keep * average + (1 - keep) * params[name]
             self.average.update(tree_unflatten(list(params.items())))
-        mx.eval(loss, self.model, self.average, self.m, self.v)  # MLX is lazy: the step is computed here
-        return {"loss": loss}
+        return loss
 
     def evaluate(self, *arrays):
         """{"val_loss", "accuracy"}, the share of tokens, classes or pairs that are right."""

@@ -510,7 +510,7 @@ class Trainer:
         for a, n in zip(arrays, most):
             if a.dtype == np.int64 and not 0 <= a.min() <= a.max() < n:
                 raise ValueError(f"a token or a class is outside 0 ... {n - 1}")
-        return [torch.from_numpy(a).to(self.device) for a in arrays]
+        return [torch.from_numpy(a).to(self.device, non_blocking=self.device == "cuda") for a in arrays]
 
     def step(self, *arrays, lr):
         """One update on arrays that model.loss takes; returns {"loss"} before it, in nats."""
@@ -518,6 +518,13 @@ class Trainer:
         self.t += 1
         torch.manual_seed(self.seed + 1_000_003 * self.t)  # for dropout, the only randomness in the framework
         self.model.train()
+        keep = min(self.config.ema, self.t / (self.t + 10))  # at first, average over fewer steps
+        loss = self.update(arrays, lr, self.t, keep)
+        self.model.eval()
+        return {"loss": loss}
+
+    def update(self, arrays, lr, t, keep):
+        """What step t does to weights, moments and average, which keeps the share `keep`; returns the loss."""
         self.model.zero_grad()
         loss, _ = self.model.loss(*arrays)
         loss.backward()
@@ -525,15 +532,13 @@ class Trainer:
         for name, p in self.model.named_parameters():
             decay = self.config.weight_decay if p.ndim == 2 else 0.0
             if name in self.v:
-                adamw(p, p.grad, self.m[name], self.v[name], lr, self.t, decay)
+                adamw(p, p.grad, self.m[name], self.v[name], lr, t, decay)
             else:
                 muon(p, p.grad, self.m[name], lr, decay)
-        self.model.eval()
         if self.config.ema:
-            keep = min(self.config.ema, self.t / (self.t + 10))  # at first, average over fewer steps
             for p, average in zip(self.model.parameters(), self.average.parameters()):
                 average.data.lerp_(p.data, 1 - keep)
-        return {"loss": loss.detach()}
+        return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, *arrays):
