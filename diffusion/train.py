@@ -35,7 +35,7 @@ MODEL = "diffusion"
 DEFAULTS = {  # of the flags, for each task
     "pictures": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], fold=2, guidance=2.0, sample_steps=25),
     "inpaint": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], fold=2, guidance=2.0, sample_steps=50),
-    "text": dict(steps=2000, batch_size=32, lr=0.01, widths=[64, 128], fold=1, guidance=2.0, sample_steps=30),
+    "text": dict(steps=2000, batch_size=32, lr=0.01, widths=[64, 128], fold=1, guidance=4.0, sample_steps=30),
     "toy": dict(steps=2000, batch_size=256, lr=0.01, widths=[128, 128, 128], fold=1, guidance=1.0, sample_steps=50),
 }
 

@@ -462,7 +462,7 @@ CAPTIONS = [f"{a} {b} {c} {d}" for a in SIZES for b in COLOURS for c in SHAPES f
 def draw_shape(caption, rng, size=32):
     """An image of the caption, (size, size, 3) uint8, with random place, size, turn, hue and background."""
     big, colour, shape, place = caption.split(" ", 3)
-    r = rng.uniform(0.12, 0.15) if big == "small" else rng.uniform(0.22, 0.26)
+    r = rng.uniform(0.15, 0.18) if big == "small" else rng.uniform(0.24, 0.27)
     away = dict(zip(PLACES, ((-0.24, 0), (0.24, 0), (0, -0.24), (0, 0.24), (0, 0))))[place]
     x, y = np.array(away) + 0.5 + rng.normal(0, 0.025, 2)
     n, inner = dict(circle=(40, 1), ring=(40, 1), square=(4, 1), triangle=(3, 1), star=(10, 0.45), cross=(0, 1))[shape]
