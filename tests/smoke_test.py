@@ -30,6 +30,7 @@ def check(name, backend, place, device="cpu"):
         if path.suffix == ".png":
             with Image.open(path) as image:
                 assert min(image.size) >= 64 and np.asarray(image.convert("L")).std() > 8, f"{file} is blank"
+                assert image.width == 640 or file != "curve.png", f"{file} has another size"
         if path.suffix == ".txt":
             assert len(set(path.read_text(encoding="utf-8"))) > 10, f"{file} says nothing"
     return ended

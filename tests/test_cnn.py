@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -43,27 +44,31 @@ def test_by_hand():
             np.testing.assert_allclose(np.asarray(a), theirs, rtol=1e-4, atol=1e-4)
 
 
+def layer(w, name, x):
+    """A layer of the weights w once more, from torch's functions, for images (B, C, H, W) or for rows (B, ..., C)."""
+    weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
+    if x.ndim < 4:
+        return F.layer_norm(x, weight.shape, weight, bias) if weight.ndim == 1 else F.linear(x, weight, bias)
+    if weight.ndim == 1:
+        return F.group_norm(x, math.gcd(8, len(weight)), weight, bias)
+    weight = weight if weight.ndim == 4 else weight[..., None, None]  # a matrix for each pixel
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+
 def reference(x, weights):
-    """The logits once more, for images (B, H, W, C), from torch's functions."""
-    w, names = {name: torch.as_tensor(a) for name, a in weights.items()}, [name.split(".") for name in weights]
-
-    def conv(x, name):
-        return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding=w[f"{name}.weight"].shape[-1] // 2)
-
-    def norm(x, name):
-        return F.group_norm(x, math.gcd(8, x.shape[1]), w[f"{name}.weight"], w[f"{name}.bias"])
-
-    x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    """The logits for images (B, H, W, C)."""
+    w, x = {name: torch.as_tensor(a) for name, a in weights.items()}, torch.from_numpy(x).permute(0, 3, 1, 2)
     if "fc1.weight" in w:
         for name in ("conv1", "conv2"):
-            x = F.max_pool2d(F.relu(conv(x, name)), 2)
-        return F.linear(F.relu(F.linear(x.flatten(1), w["fc1.weight"], w["fc1.bias"])), w["fc2.weight"], w["fc2.bias"])
-    x = F.relu(norm(conv(4 * x - 2, "stem"), "norm"))
-    for block in sorted({".".join(name[:2]) for name in names if name[0] == "blocks"}):
+            x = F.max_pool2d(F.relu(layer(w, name, x.contiguous())), 2)
+        return layer(w, "fc2", F.relu(layer(w, "fc1", x.flatten(1))))
+    x = F.relu(layer(w, "norm", layer(w, "stem", 4 * x.contiguous() - 2)))
+    for block in sorted({name.rsplit(".", 2)[0] for name in w if name.startswith("blocks.")}):
         x = F.max_pool2d(x, 2)
-        h = norm(conv(F.relu(norm(conv(x, f"{block}.conv1"), f"{block}.norm1")), f"{block}.conv2"), f"{block}.norm2")
-        x = F.relu(h + (conv(x, f"{block}.shortcut") if f"{block}.shortcut.weight" in w else x))
-    return F.linear(x.mean((2, 3)), w["head.weight"], w["head.bias"])
+        h = F.relu(layer(w, f"{block}.norm1", layer(w, f"{block}.conv1", x)))
+        h = layer(w, f"{block}.norm2", layer(w, f"{block}.conv2", h))
+        x = F.relu(h + (layer(w, f"{block}.shortcut", x) if f"{block}.shortcut.weight" in w else x))
+    return layer(w, "head", x.mean((2, 3)))
 
 
 @EACH
@@ -186,8 +191,7 @@ def test_style_run(tmp_path):
         backend = Path(file).stem
         losses.append(result(folder, backend, *args, *more, run=run_here)["style_loss"])
         result(folder, backend, *args, "--steps", 2, "--weights", file, "--out", "vgg", run=run_here)
-    assert Image.open(folder / "out/style/sample.png").size == (3 * 48 + 16, 36)
-    assert 0 < losses[1] < losses[0]
+    assert Image.open(folder / "out/style/sample.png").size == (3 * 48 + 16, 36) and 0 < losses[1] < losses[0]
 
 
 # ---- the user's own images, and exported files -----------------------------------------------------------------------
@@ -215,14 +219,19 @@ def test_open_image(tmp_path, capfd):
     assert "bomb.png is no picture that can be read" in refusal(capfd, open_image, tmp_path / "bomb.png")
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "gan", "autoencoder"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gan", "autoencoder", "diffusion"])
 def test_sets_that_do_not_fit(name, monkeypatch, capsys):
-    """Fewer labels than images, an empty test part, an invalid class: one line."""
-    for y, n_val in ((np.zeros(5), 4), (np.zeros(6), 0), (np.full(6, 12), 4)):
-        arrays = [np.uint8(a) for a in (np.zeros((6, 28, 28)), y, np.zeros((n_val, 28, 28)), np.zeros(n_val))]
-        monkeypatch.setattr(load_file(name, "data"), "load_idx", lambda which, arrays=arrays: arrays)
-        err = refusal(capsys, make_task, name, "--data", "mnist", "--batch-size", 2)
-        assert "fit together" in err or "class numbers" in err
+    """Public datasets that lack labels or test images, or have a class too many, are refused in one line."""
+    x, y, arrays = np.zeros((20, 28, 28), np.uint8), np.arange(20, dtype=np.uint8) % 10, []
+    monkeypatch.setattr(load_file(name, "data"), "load_idx", lambda which: arrays)
+    cases = [{1: y[:19]}, {3: y[:9]}, {2: x[:0]}, {2: x[:0], 3: y[:0]}, {1: y + 1}, {3: y[:10] + 1}]
+    for case in cases + [{0: x[:, 1:]}, {1: x}, {}] * (name == "diffusion"):
+        arrays[:] = (case.get(i, part) for i, part in enumerate((x, y, x[:10], y[:10])))
+        if case:
+            err = refusal(capsys, make_task, name, "--data", "mnist", "--batch-size", 2)
+            assert "do not fit together" in err or (name == "mlp" and "class numbers" in err)
+        else:
+            assert len(make_task(name, "--data", "mnist").test) == 10
 
 
 def test_mirror_images(monkeypatch):
@@ -236,17 +245,15 @@ def test_mirror_images(monkeypatch):
     same, mirrored = (x == turned).all((1, 2, 3)), (x[:, :, ::-1] == turned).all((1, 2, 3))
     assert 0.3 < same.mean() < 0.7 and (same != mirrored).all() and (y == classes).all()
 
-    class Sides:
-        def predict(self, x):  # class 1, surely, if an image is lighter on the right
-            p = (x[:, :, 14:].sum((1, 2, 3)) > x[:, :, :14].sum((1, 2, 3))).astype(np.float32) * 0.9 + 0.05
-            return np.stack([1 - p, p, *[0 * p] * 8], 1)
+    def sides(x):  # class 1, surely, if an image is lighter on the right
+        p = (x[:, :, 14:].sum((1, 2, 3)) > x[:, :, :14].sum((1, 2, 3))).astype(np.float32) * 0.9 + 0.05
+        return np.stack([1 - p, p, *[0 * p] * 8], 1)
 
-    plain = plain.evaluate(Sides(), whole=True)
-    p = Sides().predict(task.x / np.float32(255))
+    trainer, p = SimpleNamespace(predict=sides), sides(task.x / np.float32(255))
+    plain, both = (each.evaluate(trainer, whole=True) for each in (plain, task))
     nll = -np.log(p[np.arange(500), task.y] + 1e-12).mean()
     assert plain == {"val_loss": pytest.approx(nll, rel=1e-5), "accuracy": (p.argmax(1) == task.y).mean()}
-    both = task.evaluate(Sides(), whole=True)  # p and 1 - p: without a preference
-    assert both == {**plain, "accuracy_flip": (task.y == 0).mean()}
+    assert both == {**plain, "accuracy_flip": (task.y == 0).mean()}  # p and 1 - p: without a preference
 
 
 def test_folder_of_images(tmp_path):
@@ -255,9 +262,8 @@ def test_folder_of_images(tmp_path):
     for name, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
         (folder / "shapes" / name).mkdir(parents=True)
         for i in range(20):
-            image = np.array(colour) + rng.normal(0, 30, (*rng.integers(20, 90, 2), 3))
-            image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
-            image.save(folder / "shapes" / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+            image = rng.normal(colour, 30, (*rng.integers(20, 90, 2), 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(image).save(folder / "shapes" / name / f"{i}.{'png' if i % 2 else 'jpg'}")
     (folder / "shapes/red/broken.png").write_bytes((folder / "shapes/red/1.png").read_bytes()[:100])
     for place in ("shapes/red", "words/a", "words/b"):
         (folder / place).mkdir(parents=True, exist_ok=True)
