@@ -1,69 +1,38 @@
-"""gpt/ against the framework's own layers and closed forms: text, beam search, dialogues, rewards, files, tokens."""
+"""gpt/ against closed forms: dropout, text, beam search, dialogues, rewards; files, tokens, and what is typed."""
 
-import argparse
 import io
 import json
-import math
 import os
 import re
-import shutil
-import string
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from folders import (
-    BACKENDS,
-    batches,
-    copy_alone,
-    environment,
-    load,
-    load_file,
-    make_task,
-    make_trainer,
-    result,
-    run_here,
-)
+from folders import BACKENDS, copy_alone, environment, load, load_file, make_task, make_trainer, result, run_here
 from test_language import GOLDEN, logits, randomised
+from test_parity import refusal
 
 GOLDEN = GOLDEN / "gpt2-tiny"
 TORCH, DATA = load("gpt", "torch"), load_file("gpt", "data")
+X, Y = np.arange(64).reshape(4, 16) % 31, np.arange(1, 65).reshape(4, 16) % 31  # a batch
 SAY = dict(beam=1, tokens=9, temperature=1, top_k=None, top_p=1, seed=0)  # the flags for generating text
-
-
-# ---- the model -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_builtin(backend, bias):
-    """The framework's own layers of an encoder, with a causal mask, give the same logits; and not without the mask."""
-    net, trainer = randomised("gpt", backend, bias=bias)
-    idx = np.random.default_rng(0).integers(0, 29, (3, 24))
-    ours, theirs = (logits(backend, model, idx) for model in (trainer.model, net.BuiltinGPT(trainer.model)))
-    np.testing.assert_allclose(theirs, ours, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout(backend):
     """Drawn anew each step from (seed, step), so that a run repeats; off in all that does not train."""
-    x, y = np.arange(64).reshape(4, 16) % 31, np.arange(1, 65).reshape(4, 16) % 31
 
     def said(dropout):
-        trainer, losses, answers = make_trainer("gpt", 0, backend, dropout=dropout), [], []
-        for ask in (
-            lambda: float(trainer.evaluate(x, y)["val_loss"]),
-            lambda: trainer.log_prob(x, y),
-            lambda: np.stack(list(trainer.generate(x[:, :4], 9, temperature=0))),
-            lambda: trainer.search(x[:1, :4], 9, beam=3),
-        ):
-            losses.append(float(trainer.step(x, y, lr=0.0)["loss"]))
-            answers.append(ask())
-        return losses, answers
+        trainer = make_trainer("gpt", 0, backend, dropout=dropout)
+        asked = [
+            lambda: float(trainer.evaluate(X, Y)["val_loss"]), lambda: trainer.log_prob(X, Y),
+            lambda: list(trainer.generate(X[:, :4], 9, temperature=0)), lambda: trainer.search(X[:1, :4], 9, beam=3),
+        ]  # fmt: skip
+        return zip(*[(float(trainer.step(X, Y, lr=0.0)["loss"]), ask()) for ask in asked])
 
     (a, answers), (b, _), (without, expected) = said(0.5), said(0.5), said(0.0)
     assert a == b and len(set(a)) == 4 and np.ptp(without) < 1e-6
@@ -75,19 +44,16 @@ def test_dropout(backend):
 @pytest.mark.parametrize("backend, other", [BACKENDS, BACKENDS[::-1]])
 def test_reference(backend, other, tmp_path):
     """The second model stays as it was while the first learns, and travels with the checkpoint."""
-    trainer, reader, (x, y) = make_trainer("gpt", 0, backend), make_trainer("gpt", 0, other), batches("gpt", 0, 1)[0]
-    trainer.step(x, y, lr=0.01)
+    trainer, reader = (make_trainer("gpt", 0, which) for which in (backend, other))
+    trainer.step(X, Y, lr=0.01)
     trainer.keep_reference()
-    before = trainer.log_prob(x, y)
-    trainer.step(x, y, lr=0.01)
+    before = trainer.log_prob(X, Y)
+    trainer.step(X, Y, lr=0.01)
     trainer.save(tmp_path / "ckpt.npz", 2)
     reader.load(tmp_path / "ckpt.npz")
     for which in (trainer, reader):
-        np.testing.assert_allclose(which.log_prob(x, y, reference=True), before, atol=1e-5)
-        assert np.abs(which.log_prob(x, y) - before).max() > 1e-3
-
-
-# ---- generation ------------------------------------------------------------------------------------------------------
+        np.testing.assert_allclose(which.log_prob(X, Y, reference=True), before, atol=1e-5)
+        assert np.abs(which.log_prob(X, Y) - before).max() > 1e-3
 
 
 @pytest.mark.parametrize("n", [5, 30])
@@ -122,11 +88,8 @@ def test_stop_strings():
     letters = DATA.Characters("abcdefgh")
 
     def streamed(text, *stop):
-        class Said:
-            def generate(self, ids, *_):
-                yield from letters.encode(text)[:, None]
-
-        return "".join(DATA.stream(Said(), letters, letters.encode("a"), argparse.Namespace(**SAY, stop=stop)))
+        model = SimpleNamespace(generate=lambda *_: letters.encode(text)[:, None])
+        return "".join(DATA.stream(model, letters, letters.encode("a"), SimpleNamespace(**SAY, stop=stop)))
 
     assert streamed("abcabdh") == "abcabdh" and streamed("abcabdh", "abd") == "abc"
     assert streamed("abcabdh", "h", "bd") == "abca" and streamed("abcab", "abd") == "abcab"
@@ -139,17 +102,14 @@ def test_two_processes(backend, tmp_path):
     folder = copy_alone("gpt", tmp_path / "gpt")
     args = "--steps 6 --block-size 16 --n-layer 1 --n-embd 32 --tokens 5 --batch-size 9".split()
     alone = result(folder, backend, *args, "--out", "alone", run=run_here)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    if backend == "mlx":
-        launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--", sys.executable]
-    command = [*launch, "train.py", "--backend", backend, "--device", "cpu", *args, "--accumulate", "2"]
+    launch = {"torch": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"],
+              "mlx": [f"{os.path.dirname(sys.executable)}/mlx.launch", "-n", "2", "--", sys.executable]}  # fmt: skip
+    command = [*launch[backend], "train.py", "--backend", backend, "--device", "cpu", *args, "--accumulate", "2"]
     both = subprocess.run(command, cwd=folder, env=environment(backend), capture_output=True, text=True)
     assert both.returncode == 0, both.stderr
-    val_loss = float(re.search('"val_loss": (.+?)[,}]', both.stdout)[1])
-    figures = [re.findall(r"step +6/6  loss (.*?)  val_loss (.*?) ", out) for out in (alone["printed"], both.stdout)]
-    assert len(figures[0]) == len(figures[1]) == 1
-    np.testing.assert_allclose(*(np.array(found, float) for found in figures), atol=2e-4)
-    assert alone["val_loss"] == pytest.approx(val_loss, abs=1e-5)
+    (a,), (b,) = (re.findall("step +6/6  loss (.*?)  val_loss (.*?) ", out) for out in (alone["printed"], both.stdout))
+    np.testing.assert_allclose(np.array(a, float), np.array(b, float), atol=2e-4)
+    assert float(re.search('"val_loss": (.+?)[,}]', both.stdout)[1]) == pytest.approx(alone["val_loss"], abs=1e-5)
 
 
 # ---- dialogues and rewards -------------------------------------------------------------------------------------------
@@ -164,11 +124,10 @@ def test_estimator(group):
     x, y, own = *map(torch.from_numpy, (ids[:, :-1], ids[:, 1:])), np.tile(np.array([0, 1, 1], np.float32), (9, 1))
     reward = rng.random(9).astype(np.float32)
     ours, theirs = ((TORCH.log_prob(m(x), y) * torch.from_numpy(own)).sum(-1) for m in (model, reference))
-    log_ratio, p, weights = (ours - theirs).detach(), ours.detach().exp().numpy(), np.zeros(9)
+    log_ratio, p, weights = (ours - theirs).detach().numpy(), ours.detach().exp().numpy(), np.zeros(9)
     assert p.sum() == pytest.approx(1, abs=1e-5) and np.ptp(p) > 0.1
     for drawn in map(list, np.ndindex(*[9] * group)):
-        worth = DATA.advantages(reward[drawn], log_ratio.numpy()[drawn], group, beta)
-        np.add.at(weights, drawn, p[drawn].prod() * worth)
+        np.add.at(weights, drawn, p[drawn].prod() * DATA.advantages(reward[drawn], log_ratio[drawn], group, beta))
     objective = -(ours.exp() * (torch.from_numpy(reward) - beta * (ours - theirs.detach()))).sum()
     loss = TORCH.loss_fn(model(x), y, torch.from_numpy((own * weights[:, None]).astype(np.float32)))
     expected, got = (torch.autograd.grad(value, list(model.parameters())) for value in (objective, loss))
@@ -181,15 +140,14 @@ def test_dialogues(monkeypatch):
     """Sums that are right, and those held out are never in a dialogue; only the assistant's words are learned."""
     rng = np.random.default_rng(0)
     dialogues = [DATA.draw_dialogue(rng) for _ in range(500)]
-    held_out = [DATA.draw_sum(rng, held_out=True) for _ in range(500)]
+    assert {len(dialogue) // 2 for dialogue in dialogues} == {1, 2, 3}
     seen = {text for dialogue in dialogues for _, text in dialogue}
-    for question, answer, value in held_out:
+    for question, answer, value in (DATA.draw_sum(rng, held_out=True) for _ in range(500)):
         a, sign, b = question.removeprefix("What is ").removesuffix("?").split()
-        other = f"What is {b} plus {a}?"  # the same sum
         assert int(value) == (int(a) - int(b) if sign == "minus" else int(a) + int(b))
         first, second, end = answer.split("=")
         assert end == value and eval(first) == int(re.match(r"\d+", second)[0]) and eval(second) == int(value)
-        assert question not in seen and (sign == "minus" or other not in seen)
+        assert question not in seen and (sign == "minus" or f"What is {b} plus {a}?" not in seen)  # the same sum
     monkeypatch.setattr(DATA, "draw_dialogue", lambda rng: dialogues[rng.integers(500)])
     task = make_task("gpt", "--task", "chat", "--block-size", 90, "--batch-size", 4)
     x, y, weights = task.batch(3)
@@ -200,22 +158,21 @@ def test_dialogues(monkeypatch):
         said = [part.split("\n", 1)[1] for part in text.split(DATA.END) if part.startswith("assistant\n")]
         assert DATA.END.join(said).startswith(learnt.rstrip(DATA.END)) and len(learnt) >= len("".join(said))
     monkeypatch.setattr(DATA, "share_right", lambda *_: 0.5)
-    assert task.evaluate(argparse.Namespace(evaluate=lambda *_: {}), whole=True) == {"accuracy": 0.5}
+    assert task.evaluate(SimpleNamespace(evaluate=lambda *_: {}), whole=True) == {"accuracy": 0.5}
 
 
 def test_answers_are_weighed(tmp_path):
     """In a reply to a sum only the answer counts, up to END: it becomes more likely if right, else less."""
-    tokenizer = DATA.Characters("".join(sorted({*string.printable, DATA.END})))
+    tokenizer = DATA.Characters(DATA.END + "\n" + "".join(map(chr, range(32, 127))))
 
     class Scripted:
         forms = "{}", "9+9={}", "{}=x", "no"  # of these answers, half are right
 
         def generate(self, prompts, n, temperature, seed, reference):
             self.said = []
-            for row, form in zip(prompts, math.ceil(len(prompts) / 4) * self.forms):
-                asked = b"".join(map(tokenizer.decode, row)).decode()
-                a, word, b = re.search(r"(\d+) (plus|minus) (\d+)", asked).groups()
-                self.said.append(form.format(int(a) + int(b) if word == "plus" else int(a) - int(b)))
+            for row, form in zip(prompts, len(prompts) * self.forms):
+                asked = b"".join(map(tokenizer.decode, row)).decode().replace("plus", "+").replace("minus", "-")
+                self.said.append(form.format(eval(re.search(r"\d+ [+-] \d+", asked)[0])))
             yield from np.stack([tokenizer.encode((text + DATA.END).ljust(n, "z")) for text in self.said], 1)
 
         def log_prob(self, x, y, reference=False):
@@ -223,8 +180,8 @@ def test_answers_are_weighed(tmp_path):
 
     config = TORCH.Config(block_size=64, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8)
     TORCH.Trainer(config, device="cpu").save(tmp_path / "ckpt.npz", 1, tokenizer=["chars", tokenizer.alphabet])
-    flags = ["--init", tmp_path / "ckpt.npz", "--batch-size", 4, "--group", 4, "--beta", 0.1]
-    task = make_task("gpt", "--task", "rl", *flags)
+    flags = "--batch-size", 4, "--group", 4, "--beta", 0.1
+    task = make_task("gpt", "--task", "rl", "--init", tmp_path / "ckpt.npz", *flags)
     task.policy = trainer = Scripted()
     x, y, weights = task.batch(3)
     assert (x[:, 1:] == y[:, :-1]).all()
@@ -270,10 +227,9 @@ def test_files(tmp_path):
     for i, part in enumerate(parts):
         header, data = {}, b""
         for name, w in part.items():
-            raw = w.astype("f2").tobytes() if i else (w.view(np.uint32) >> 16).astype("u2").tobytes()
-            place = [len(data), len(data) + len(raw)]
+            raw = w.astype("f2") if i else (w.view(np.uint32) >> 16).astype("u2")
+            place = [len(data), len(data := data + raw.tobytes())]
             header[name] = {"dtype": ["BF16", "F16"][i], "shape": w.shape, "data_offsets": place}
-            data += raw
         header = json.dumps(header).encode()
         (tmp_path / f"model-{i}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
     halves = DATA.read_model(tmp_path)[1]
@@ -288,20 +244,17 @@ def test_gpt2_tokens():
     assert tokenizer.encode("Hello world").tolist() == [15496, 995] and tokenizer.vocab_size == 50257
 
 
-@pytest.mark.parametrize("told", [5, ["chars", None], ["chars", ""], ["bpe", ["00"]], ["bpe", []], ["x", 1], "gpt2"])
-def test_no_tokenizer(told, tmp_path, monkeypatch, capsys):
+def test_no_tokenizer(tmp_path, monkeypatch, capsys):
     """What is none in the config.json of a GPT-2, and GPT-2's own where it can't be downloaded: one line says so."""
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing listens
-    shutil.copytree(GOLDEN, tmp_path / "model")
-    config = {**json.loads((GOLDEN / "config.json").read_text()), "tokenizer": told}
-    (tmp_path / "model/config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit):
-        make_task("gpt", *(["--tokenizer", told] if told == "gpt2" else ["--init", tmp_path / "model"]))
-    word = "TIKTOKEN_CACHE_DIR" if told == "gpt2" else "tokenized"
-    assert word in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+    assert "TIKTOKEN_CACHE_DIR" in refusal(capsys, make_task, "gpt", "--tokenizer", "gpt2")
+    meta, weights = DATA.read_model(GOLDEN)
+    for told in (5, ["chars", None], ["chars", ""], ["bpe", ["00"]], ["bpe", []], ["x", 1]):
+        DATA.export_gpt2(tmp_path, meta | {"tokenizer": told}, weights)
+        assert "tokenized" in refusal(capsys, make_task, "gpt", "--init", tmp_path), told
 
 
 def test_bpe_travels(tmp_path):
@@ -318,7 +271,7 @@ def test_bpe_travels(tmp_path):
         assert json.loads(str(a["meta"]))["tokenizer"] == json.loads(str(b["meta"]))["tokenizer"]
 
 
-def test_optimizers_and_shapes_of_the_command_line(tmp_path, monkeypatch):
+def test_command_line(tmp_path, monkeypatch):
     """The flags that shape the model and its training reach it."""
     folder, own = copy_alone("gpt", tmp_path / "gpt"), ("--data", "own.txt")
     (folder / "own.txt").write_text("abcdefgh \n" * 400, encoding="utf-8")
@@ -345,25 +298,22 @@ def test_optimizers_and_shapes_of_the_command_line(tmp_path, monkeypatch):
 
 
 def test_what_is_typed(tmp_path, monkeypatch, capsys):
-    """Input that is not text, or nested too deeply, is refused in one line; a chat asks again."""
-    pair = [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c"}]
-    pair, own = [{"role": "system", "content": "Be brief."}, *pair], tmp_path / "own.jsonl"
+    """Input that is closed, not text or nested too deeply is refused in one line; a chat asks again."""
+    own, letters = tmp_path / "own.jsonl", DATA.Characters("".join(sorted(set("assistant user\nHi" + DATA.END))))
     for bad in ("[" * 100_000, json.dumps({"messages": [{"role": "user", "content": "\udcff"}]})):
         own.write_text(bad + "\n")
-        with pytest.raises(SystemExit):
-            DATA.load_messages(own)
-    own.write_text((json.dumps({"messages": pair}, ensure_ascii=False) + "\n") * 10, encoding="utf-8")
+        assert refusal(capsys, DATA.load_messages, own).startswith("train.py: ")
+    said = ("system", "Be brief."), ("user", "a\u2028b"), ("assistant", "c")
+    line = json.dumps({"messages": [dict(zip(("role", "content"), message)) for message in said]}, ensure_ascii=False)
+    own.write_text(f"{line}\n" * 10, encoding="utf-8")
     assert DATA.load_messages(own)[9][1] == ("user", "a\u2028b")
     assert make_task("gpt", "--task", "chat", "--data", own).prompts[0][0] == "you: a\u2028b\ngpt: "
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 2 and all(line.startswith("train.py: ") for line in err.splitlines()), err
-
-    class Silent:
-        def generate(self, ids, *_):
-            yield from letters.encode(DATA.END)[:, None]
-
-    letters = DATA.Characters("".join(sorted(set("assistant user\nHi" + DATA.END))))
     monkeypatch.setattr("sys.stdin", io.StringIO("\u4e2d\udcff\nHi\n"))
-    DATA.talk(Silent(), letters, argparse.Namespace(**SAY, stop=[DATA.END], block_size=64))
+    model = SimpleNamespace(generate=lambda *_: letters.encode(DATA.END)[:, None])
+    DATA.talk(model, letters, SimpleNamespace(**SAY, stop=[DATA.END], block_size=64))
     out, err = capsys.readouterr()
-    assert out.count("gpt: ") == 1 and "alphabet lacks" in err
+    assert out.count("gpt: ") == 1 and "alphabet lacks" in err and err.count("\n") == 1
+    monkeypatch.setattr("sys.stdin", None)  # as Python has it when the standard input is closed
+    for name in ("gpt", "llama"):
+        assert "UTF-8" in refusal(capsys, make_task, name, "--prompt", "a\udcff")
+        assert "closed" in refusal(capsys, make_task, name, "--prompt", "-")
