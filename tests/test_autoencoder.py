@@ -71,6 +71,9 @@ def test_conv(backend):
     assert x.std() > 0.05
 
 
+# ---- codes, rivals, data and tasks -----------------------------------------------------------------------------------
+
+
 def test_codes():
     """Latents to bytes and back: the root mean square error is sigma, and idle dimensions cost nothing."""
     rng, sigma = np.random.default_rng(0), np.array([0.01, 0.05, 0.3, 1.0], np.float32)
