@@ -82,19 +82,17 @@ def unfused():
     set_compile_mode(3)
 
 
-def make_stylist(device):
-    net, images = load("cnn", "mlx"), np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
-    return net.Stylist(net.Config(model="style"), *images, device=device)
-
-
 @pytest.mark.skipif(not shutil.which("g++"), reason="without g++, MLX compiles nothing for a CPU")
 @pytest.mark.parametrize("name, i", COMPILED)
 def test_compiled(name, i, unfused, tmp_path):
     """On a GPU MLX's step is one function, traced once. Here, on the CPU, it has the numbers of the plain step."""
 
     def make(device):
+        if i == "style":
+            net, images = load("cnn", "mlx"), np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+            return net.Stylist(net.Config(model="style"), *images, device=device)
         more = dict(ema=0.9, dropout=0.1 if i == 2 else 0.0) if name == "transformer" else {}
-        return make_stylist(device) if i == "style" else make_trainer(name, i, "mlx", device=device, **more)
+        return make_trainer(name, i, "mlx", device=device, **more)
 
     def count(f, **state):
         return compile(lambda *args: traces.append(f) or f(*args), **state)

@@ -140,8 +140,11 @@ def test_dialogues(monkeypatch):
     """Sums that are right, and those held out are never in a dialogue; only the assistant's words are learned."""
     rng = np.random.default_rng(0)
     dialogues = [DATA.draw_dialogue(rng) for _ in range(500)]
+    assert {len(dialogue) // 2 for dialogue in dialogues} == {1, 2, 3}
     seen = {text for dialogue in dialogues for _, text in dialogue}
-    for question, answer, value in (DATA.draw_sum(rng, held_out=True) for _ in range(500)):
+    new = [DATA.draw_sum(rng, held_out=True) for _ in range(500)]
+    assert 0.4 < np.mean(["minus" in question for question, _, _ in new]) < 0.6
+    for question, answer, value in new:
         a, sign, b = question.removeprefix("What is ").removesuffix("?").split()
         assert int(value) == (int(a) - int(b) if sign == "minus" else int(a) + int(b))
         first, second, end = answer.split("=")
