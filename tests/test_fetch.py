@@ -5,7 +5,7 @@ import http.server
 import threading
 
 import pytest
-from folders import copy_alone, load_file, run_here
+from folders import copy_alone, load_file, result, run_here
 
 CONTENT = bytes(range(256)) * 4000
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -47,5 +47,4 @@ def test_folder_of_downloads(tmp_path):
     """A folder data/ beside data.py, where downloads go, does not shadow it."""
     folder = copy_alone("mlp", tmp_path / "mlp")
     (folder / "data").mkdir()
-    code, _, err = run_here(folder, "mlx", "--steps", "2")
-    assert code == 0, err
+    result(folder, "mlx", "--steps", 2, run=run_here)
