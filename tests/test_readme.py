@@ -5,10 +5,11 @@ import shlex
 
 import pytest
 from adversary import SHORT
-from folders import BACKENDS, FOLDERS, ROOT, copy_quick, make_args, run_here
+from folders import BACKENDS, FOLDERS, ROOT, copy_quick, make_args, make_run, run_here
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHAPTERS = README.split("## From the chapters to the code")[-1]
+ELSEWHERE = {"mnist", "cifar10", "tinyshakespeare", "multi30k", "seattle-weather.csv", "--init", "--resume"}
 
 
 def text_of(name):
@@ -30,7 +31,7 @@ def test_chapters(name):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_commands(name, tmp_path):
-    """train.py accepts each command; those before the table of figures run, in order, small and for two steps."""
+    """Commands before the table of figures run, in order, small and for two steps; of the others, one step is made."""
     commands = re.findall(rf"python {name}/train\.py([^`\n]*)", README)
     assert len(commands) > 2, f"few commands of {name} are shown"
     begin = re.findall(rf"python {name}/train\.py([^`\n]*)", README.split("## Measured figures")[0])
@@ -42,6 +43,9 @@ def test_commands(name, tmp_path):
         words = shlex.split(command)
         make_args(name, *(word for word in words if word not in ("--resume", "--backend", "mlx")))
         if command not in begin or "chat" in command:  # a dialogue takes longer: test_gpt.py has short ones
+            if not set(words) & ELSEWHERE:
+                task, trainer, rate = make_run(name, *words, *["--count", "300"] * ("--count" in text_of(name)))
+                trainer.step(*task.batch(0), lr=rate(0))
             continue
         short = small[2:] + ["--steps", "2"] * ("--resume" not in words)  # of two flags the second counts
         code, _, err = run_here(folder, "torch", *words, *short, cwd=tmp_path)
