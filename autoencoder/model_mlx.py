@@ -89,7 +89,7 @@ class Down(nn.Conv2d):
     def __call__(self, x):
         B, H, W, n = x.shape
         m, h, w = self.weight.shape[0], H // 2 + 1, W // 2 + 1
-        # blocks of 2x2 pixels are folded into 4 n channels: on a CPU the gradient would be slow with a stride
+        # blocks of 2x2 pixels are folded into 4 n channels: on a CPU the gradient with a stride is slow
         x = mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]).reshape(B, h, 2, w, 2, n)
         weight = self.weight.reshape(m, 2, 2, 2, 2, n).transpose(0, 1, 3, 2, 4, 5).reshape(m, 2, 2, 4 * n)
         return mx.conv2d(x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h, w, 4 * n), weight) + self.bias
@@ -188,7 +188,7 @@ def from_numpy(model, arrays):
     arrays = {name: a.transpose(0, 2, 3, 1) if name in convs else a for name, a in arrays.items()}
     for name, p in tree_flatten(model.parameters()):
         if arrays[name].shape != p.shape:
-            raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {p.shape}")
+            raise ValueError(f"{name} has shape {arrays[name].shape}, this model expects {p.shape}")
     return {name: mx.array(arrays[name]) for name, _ in tree_flatten(model.parameters())}
 
 
@@ -198,7 +198,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Replace the model's parameters by {name: numpy array}."""
+    """Replace the model's parameters with {name: numpy array}."""
     model.update(tree_unflatten(list(from_numpy(model, weights).items())))
 
 
@@ -220,7 +220,7 @@ def devices():
 
 
 class Trainer:
-    """A model and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+    """A model and its optimizer. Takes and returns numpy; figures stay on the device until float() reads them."""
 
     def __init__(self, config, seed=0, device=None):
         self.config, self.device = config, device or devices()[0]
@@ -278,7 +278,7 @@ class Trainer:
         return self.decode(self.encode(x)[0])
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
+        """Save weights, moments, step, config and what train.py adds to one .npz: all or nothing."""
         arrays, state = get_weights(self.model), dict(tree_flatten(self.optimizer.state))
         for kind in ("m", "v"):
             moments = {name: state[f"{name}.{kind}"] for name, _ in tree_flatten(self.model.parameters())}

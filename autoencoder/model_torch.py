@@ -86,7 +86,7 @@ class Down(nn.Conv2d):
         super().__init__(n, m, 4, stride=2, padding=1)
 
     def forward(self, x):
-        return super().forward(x)  # slow in MLX on a CPU, which does it differently: see there
+        return super().forward(x)  # slow in MLX on a CPU, so model_mlx.py does it differently
 
 
 class ConvEncoder(nn.Module):
@@ -180,7 +180,7 @@ def from_numpy(model, arrays):
         raise ValueError(f"{missing[0]} is missing")
     for name, p in model.named_parameters():
         if arrays[name].shape != tuple(p.shape):
-            raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {tuple(p.shape)}")
+            raise ValueError(f"{name} has shape {arrays[name].shape}, this model expects {tuple(p.shape)}")
     return {name: torch.from_numpy(arrays[name]).to(p.device) for name, p in model.named_parameters()}
 
 
@@ -190,7 +190,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Replace the model's parameters by {name: numpy array}."""
+    """Replace the model's parameters with {name: numpy array}."""
     model.load_state_dict(from_numpy(model, weights))
 
 
@@ -213,7 +213,7 @@ def devices():
 
 
 class Trainer:
-    """A model and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+    """A model and its optimizer. Takes and returns numpy; figures stay on the device until float() reads them."""
 
     def __init__(self, config, seed=0, device=None):
         self.config, self.device = config, device or devices()[0]
@@ -270,7 +270,7 @@ class Trainer:
         return self.decode(self.encode(x)[0])
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
+        """Save weights, moments, step, config and what train.py adds to one .npz: all or nothing."""
         arrays = get_weights(self.model)
         for kind, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
             moments = {name: self.optimizer.state[p][key] for name, p in self.model.named_parameters()}

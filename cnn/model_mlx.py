@@ -12,9 +12,9 @@ filter; then the sum is a matrix product, and so are its gradients:
 An input is read for up to k x k positions, so its gradient dx is the sum of the entries of dP that belong to it.
 Max-pooling takes the largest entry of each window; the gradient goes back to that entry.
 
-Style transfer looks for the image x that has the features F_l (H W, C) of one image, its content, in a layer of a fixed
-network, and the Gram matrices G_l = F_l^T F_l / (H W) of another, its style: which features occur together, but not
-where:
+Style transfer looks for an image x with the features F_c (H W, C) of the content image in a layer c of a fixed network
+and the Gram matrices G_l = F_l^T F_l / (H W) of the style image in several layers l. These say which features occur
+together, but not where:
     loss = |F_c - F_c*|^2 / |F_c*|^2  +  strength mean_l |G_l - G_l*|^2 / |G_l*|^2  +  tv mean (differences of x)^2
 
 LeCun et al. 1998, "Gradient-based learning applied to document recognition".
@@ -41,7 +41,7 @@ EXPORTS = {".mlxfn": "mlx"}  # the files that export writes, and the package it 
 @dataclass
 class Config:
     model: str = "lenet"  # lenet, resnet or style
-    size: int = 28  # of the square images; a ResNet takes others, too
+    size: int = 28  # side of the square images; a ResNet takes other sizes, too
     n_in: int = 1  # channels of the images
     n_out: int = 10
     channels: tuple = (16, 32, 128)  # lenet: both convolutions and the hidden layer; resnet: the stem and each block
@@ -51,13 +51,13 @@ class Config:
 
     def __post_init__(self):
         if self.model == "lenet" and len(self.channels) != 3:
-            raise ValueError("a lenet has three channels: for two convolutions and the hidden layer")
+            raise ValueError("a lenet needs three channels: for two convolutions and the hidden layer")
         if self.model == "resnet" and not self.size >> len(self.channels) - 1:
             raise ValueError(f"channels: {len(self.channels) - 1} blocks halve size {self.size} to nothing: use fewer")
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that keeps the size, the library's or by hand; the parameters are the same."""
+    """A convolution that keeps the image size, by the library or by hand; the parameters are the same."""
 
     def __init__(self, n_in, n_out, k, impl):
         super().__init__(n_in, n_out, k, padding=k // 2)
@@ -139,7 +139,7 @@ class ResNet(nn.Module):
 
 
 def loss_fn(logits, y, label_smoothing=0.0):
-    """The mean of -log p of the classes y (B,) under logits (B, n_out); if smoothed, every class is a little right."""
+    """The mean -log p of the classes y (B,) under logits (B, n_out); with smoothing, every class is a little right."""
     return nn.losses.cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="mean")
 
 
@@ -147,7 +147,7 @@ def loss_fn(logits, y, label_smoothing=0.0):
 
 
 def patches(x, k, stride, padding, value=0.0):
-    """The window under each output place: x (B, H, W, C) -> (B, H', W', k k, C); the border is filled with value."""
+    """The window under each output position: x (B, H, W, C) -> (B, H', W', k k, C); the border is filled with value."""
     H, W = ((n + 2 * padding - k) // stride + 1 for n in x.shape[1:3])
     x = mx.pad(x, [(0, 0), (padding, padding), (padding, padding), (0, 0)], constant_values=value)
     rows, columns = stride * (H - 1) + 1, stride * (W - 1) + 1
@@ -156,7 +156,7 @@ def patches(x, k, stride, padding, value=0.0):
 
 
 def add_patches(dP, shape, k, stride, padding):
-    """The transpose: dP (B, H', W', k k, C), each entry added where patches read it -> dx of shape (B, H, W, C)."""
+    """The transpose: each entry of dP (B, H', W', k k, C) added where patches read it -> dx of shape (B, H, W, C)."""
     _, H, W, _, _ = dP.shape
     dx = mx.zeros((shape[0], shape[1] + 2 * padding, shape[2] + 2 * padding, shape[3]))
     rows, columns = stride * (H - 1) + 1, stride * (W - 1) + 1
@@ -227,7 +227,7 @@ class VGG(nn.Module):
 
     def __init__(self, path):
         super().__init__()
-        self.w = mx.load(path)  # safetensors, which hold arrays alone: MLX cannot read torch's own .pth
+        self.w = mx.load(path)  # safetensors, which hold only arrays: MLX cannot read torch's own .pth
 
     def __call__(self, x):
         """x (1, H, W, 3) -> the features of each layer with a *, (H' W', C)."""
@@ -276,7 +276,7 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 def muon(p, g, m, lr, weight_decay, beta=0.9):
     """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one --lr fits both.
     """
     m = beta * m + (1 - beta) * g
     update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum one step ahead
@@ -287,7 +287,7 @@ def orthogonalize(g):
     """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small matrices are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (mx.linalg.norm(x) + 1e-7)
@@ -314,7 +314,7 @@ def from_numpy(model, arrays):
     arrays = {name: a.transpose(0, 2, 3, 1) if name in convs else a for name, a in arrays.items()}
     for name, p in tree_flatten(model.parameters()):
         if arrays[name].shape != p.shape:
-            raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {p.shape}")
+            raise ValueError(f"{name} has shape {arrays[name].shape}, this model expects {p.shape}")
     return {name: mx.array(arrays[name]) for name, _ in tree_flatten(model.parameters())}
 
 
@@ -324,7 +324,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Replace the model's parameters by {name: numpy array}."""
+    """Replace the model's parameters with {name: numpy array}."""
     model.update(tree_unflatten(list(from_numpy(model, weights).items())))
 
 
@@ -355,7 +355,7 @@ class Learner:
         self.model = model
         self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(model.parameters())}
         self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(model.parameters())}
-        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+        if self.device == "gpu":  # compile the whole step; plain numbers would become constants
             state = [model.state, self.m, self.v]
             update = mx.compile(self.update, inputs=state, outputs=state)
             self.update = lambda arrays, *numbers: update(arrays, *map(mx.array, numbers))
@@ -383,7 +383,7 @@ class Learner:
         return loss
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
+        """Save weights, moments, step, config and what train.py adds to one .npz: all or nothing."""
         arrays = get_weights(self.model)
         for kind, moments in (("m", self.m), ("v", self.v)):
             arrays |= {f"{kind}.{name}": a for name, a in to_numpy(self.model, moments).items()}
@@ -408,7 +408,7 @@ class Learner:
 
 
 class Trainer(Learner):
-    """A network and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+    """A network and its optimizer. Takes and returns numpy; figures stay on the device until float() reads them."""
 
     def __init__(self, config, seed=0, device=None):
         super().__init__(config, device)
@@ -444,24 +444,24 @@ class Trainer(Learner):
         return get_weights(self.model)["conv1.weight" if self.config.model == "lenet" else "stem.weight"]
 
     def export(self, path, names=()):
-        """Export the network to a file that runs without this code; returns what goes in and what comes out.
+        """Export the network to a file that runs without this code; returns a description of its input and output.
 
-        .pt2: torch.export, any B. .mlpackage: Core ML, and .mlxfn: MLX, B to 64.
+        .pt2: torch.export, any B. .mlpackage: Core ML, and .mlxfn: MLX, both for B from 1 to 64.
         """
         config = self.config
         says = f"pixels (B, {config.size}, {config.size}, {config.n_in}) from 0 to 1 -> logits (B, {config.n_out})"
         self.model.update(tree_map(mx.contiguous, self.model.parameters()))  # the exporter ignores strides
         mx.eval(self.model.parameters())
         with mx.exporter(str(path), self.model) as exporter:
-            for B in range(1, 65):  # pooling and norm reshape by the B of the trace: a trace for each
+            for B in range(1, 65):  # pooling and norm reshape by the B of the trace: one trace for each
                 exporter(mx.zeros((B, config.size, config.size, config.n_in)))
         with open(f"{path}.json", "w") as f:
             json.dump(names, f)
-        return f"{says}, B from 1 to 64; the names are in {path}.json"
+        return f"{says}, B from 1 to 64; the class names are in {path}.json"
 
 
 class Stylist(Learner):
-    """Paints: the image is the parameter. content and style are images (H, W, 3) float32 from 0 to 1."""
+    """Paints an image, whose pixels are the parameters. content and style are images (H, W, 3) float32 from 0 to 1."""
 
     def __init__(self, config, content, style, weights=None, strength=100.0, tv=30.0, seed=0, device=None):
         super().__init__(config, device)
@@ -471,7 +471,7 @@ class Stylist(Learner):
         content, style = (self.net(mx.array(a[None])) for a in (content, style))
         self.content = [content[layer] for layer in self.net.content]
         self.style = [gram(style[layer]) for layer in self.net.style]
-        mx.eval(self.content, self.style)  # else a compiled step would compute them each time
+        mx.eval(self.content, self.style)  # else a compiled step would compute them again each time
 
     def losses(self):
         x = self.model.image

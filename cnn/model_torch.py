@@ -12,9 +12,9 @@ filter; then the sum is a matrix product, and so are its gradients:
 An input is read for up to k x k positions, so its gradient dx is the sum of the entries of dP that belong to it.
 Max-pooling takes the largest entry of each window; the gradient goes back to that entry.
 
-Style transfer looks for the image x that has the features F_l (H W, C) of one image, its content, in a layer of a fixed
-network, and the Gram matrices G_l = F_l^T F_l / (H W) of another, its style: which features occur together, but not
-where:
+Style transfer looks for an image x with the features F_c (H W, C) of the content image in a layer c of a fixed network
+and the Gram matrices G_l = F_l^T F_l / (H W) of the style image in several layers l. These say which features occur
+together, but not where:
     loss = |F_c - F_c*|^2 / |F_c*|^2  +  strength mean_l |G_l - G_l*|^2 / |G_l*|^2  +  tv mean (differences of x)^2
 
 LeCun et al. 1998, "Gradient-based learning applied to document recognition".
@@ -44,7 +44,7 @@ EXPORTS = {".pt2": "torch", ".mlpackage": "coremltools"}  # the files that expor
 @dataclass
 class Config:
     model: str = "lenet"  # lenet, resnet or style
-    size: int = 28  # of the square images; a ResNet takes others, too
+    size: int = 28  # side of the square images; a ResNet takes other sizes, too
     n_in: int = 1  # channels of the images
     n_out: int = 10
     channels: tuple = (16, 32, 128)  # lenet: both convolutions and the hidden layer; resnet: the stem and each block
@@ -54,13 +54,13 @@ class Config:
 
     def __post_init__(self):
         if self.model == "lenet" and len(self.channels) != 3:
-            raise ValueError("a lenet has three channels: for two convolutions and the hidden layer")
+            raise ValueError("a lenet needs three channels: for two convolutions and the hidden layer")
         if self.model == "resnet" and not self.size >> len(self.channels) - 1:
             raise ValueError(f"channels: {len(self.channels) - 1} blocks halve size {self.size} to nothing: use fewer")
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that keeps the size, the library's or by hand; the parameters are the same."""
+    """A convolution that keeps the image size, by the library or by hand; the parameters are the same."""
 
     def __init__(self, n_in, n_out, k, impl):
         super().__init__(n_in, n_out, k, padding=k // 2)
@@ -100,7 +100,7 @@ class LeNet(nn.Module):
 
     def forward(self, x):
         """x (B, H, W, C), pixels from 0 to 1 -> logits (B, n_out)."""
-        x = x.permute(0, 3, 1, 2)  # torch has (B, C, H, W); in memory the channels stay last, where they are fastest
+        x = x.permute(0, 3, 1, 2)  # torch wants (B, C, H, W); in memory the channels stay last, which is fastest
         x = F.relu(self.pool(self.conv1(x)))  # (B, c1, H/2, W/2); ReLU first gives the same, at four times the work
         x = F.relu(self.pool(self.conv2(x)))  # (B, c2, H/4, W/4)
         x = x.flatten(1)  # in the order c2, H/4, W/4
@@ -136,7 +136,7 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         """x (B, H, W, C), pixels from 0 to 1 -> logits (B, n_out)."""
-        x = x.permute(0, 3, 1, 2)  # torch has (B, C, H, W); in memory the channels stay last, where they are fastest
+        x = x.permute(0, 3, 1, 2)  # torch wants (B, C, H, W); in memory the channels stay last, which is fastest
         x = F.relu(self.norm(self.stem(4 * x - 2)))  # pixels with about mean 0 and deviation 1
         for block in self.blocks:
             x = block(self.pool(x))  # (B, widths[k], H/2^k, W/2^k)
@@ -144,7 +144,7 @@ class ResNet(nn.Module):
 
 
 def loss_fn(logits, y, label_smoothing=0.0):
-    """The mean of -log p of the classes y (B,) under logits (B, n_out); if smoothed, every class is a little right."""
+    """The mean -log p of the classes y (B,) under logits (B, n_out); with smoothing, every class is a little right."""
     return F.cross_entropy(logits, y, label_smoothing=label_smoothing)
 
 
@@ -152,7 +152,7 @@ def loss_fn(logits, y, label_smoothing=0.0):
 
 
 def patches(x, k, stride, padding, value=0.0):
-    """The window under each output place: x (B, H, W, C) -> (B, H', W', k k, C); the border is filled with value."""
+    """The window under each output position: x (B, H, W, C) -> (B, H', W', k k, C); the border is filled with value."""
     H, W = ((n + 2 * padding - k) // stride + 1 for n in x.shape[1:3])
     x = F.pad(x, (0, 0, padding, padding, padding, padding), value=value)
     rows, columns = stride * (H - 1) + 1, stride * (W - 1) + 1
@@ -161,7 +161,7 @@ def patches(x, k, stride, padding, value=0.0):
 
 
 def add_patches(dP, shape, k, stride, padding):
-    """The transpose: dP (B, H', W', k k, C), each entry added where patches read it -> dx of shape (B, H, W, C)."""
+    """The transpose: each entry of dP (B, H', W', k k, C) added where patches read it -> dx of shape (B, H, W, C)."""
     _, H, W, _, _ = dP.shape
     dx = dP.new_zeros((shape[0], shape[1] + 2 * padding, shape[2] + 2 * padding, shape[3]))
     rows, columns = stride * (H - 1) + 1, stride * (W - 1) + 1
@@ -232,7 +232,7 @@ class VGG(nn.Module):
 
     def __init__(self, path):
         super().__init__()
-        self.w = torch.load(path, map_location="cpu", weights_only=True)  # arrays alone: no code in the file is run
+        self.w = torch.load(path, map_location="cpu", weights_only=True)  # only arrays: no code in the file is run
 
     def forward(self, x):
         """x (1, H, W, 3) -> the features of each layer with a *, (H' W', C)."""
@@ -283,7 +283,7 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 def muon(p, g, m, lr, weight_decay, beta=0.9):
     """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one --lr fits both.
     """
     m.lerp_(g, 1 - beta)
     update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum one step ahead
@@ -294,7 +294,7 @@ def orthogonalize(g):
     """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small matrices are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (x.norm() + 1e-7)
@@ -318,7 +318,7 @@ def from_numpy(model, arrays):
     """The inverse. Raises ValueError if an array does not have the shape of its parameter."""
     for name, p in model.named_parameters():
         if arrays[name].shape != tuple(p.shape):
-            raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {tuple(p.shape)}")
+            raise ValueError(f"{name} has shape {arrays[name].shape}, this model expects {tuple(p.shape)}")
     return {name: torch.from_numpy(arrays[name]).to(p.device) for name, p in model.named_parameters()}
 
 
@@ -328,7 +328,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Replace the model's parameters by {name: numpy array}."""
+    """Replace the model's parameters with {name: numpy array}."""
     model.load_state_dict(from_numpy(model, weights))
 
 
@@ -380,7 +380,7 @@ class Learner:
         return loss.detach()
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
+        """Save weights, moments, step, config and what train.py adds to one .npz: all or nothing."""
         arrays = get_weights(self.model)
         for kind, moments in (("m", self.m), ("v", self.v)):
             arrays |= {f"{kind}.{name}": a for name, a in to_numpy(self.model, moments).items()}
@@ -405,7 +405,7 @@ class Learner:
 
 
 class Trainer(Learner):
-    """A network and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+    """A network and its optimizer. Takes and returns numpy; figures stay on the device until float() reads them."""
 
     def __init__(self, config, seed=0, device=None):
         super().__init__(config, device)
@@ -443,9 +443,9 @@ class Trainer(Learner):
         return get_weights(self.model)["conv1.weight" if self.config.model == "lenet" else "stem.weight"]
 
     def export(self, path, names=()):
-        """Export the network to a file that runs without this code; returns what goes in and what comes out.
+        """Export the network to a file that runs without this code; returns a description of its input and output.
 
-        .pt2: torch.export, any B. .mlpackage: Core ML, and .mlxfn: MLX, B to 64.
+        .pt2: torch.export, any B. .mlpackage: Core ML, and .mlxfn: MLX, both for B from 1 to 64.
         """
         config = self.config
         says = f"pixels (B, {config.size}, {config.size}, {config.n_in}) from 0 to 1 -> logits (B, {config.n_out})"
@@ -453,9 +453,9 @@ class Trainer(Learner):
         if str(path).endswith(".pt2"):
             program = torch.export.export(self.model, (x,), dynamic_shapes=({0: torch.export.Dim("B")},))
             torch.export.save(program, path, extra_files={"classes.json": json.dumps(names)})
-            return f"{says}, any B; the names are in its classes.json"
+            return f"{says}, any B; the class names are in its classes.json"
 
-        def group_norm(x, groups, weight, bias, eps):  # written out: the converter's own needs to know B
+        def group_norm(x, groups, weight, bias, eps):  # written out: the converter's own needs a fixed B
             C, H, W = map(int, x.shape[1:])
             h = F.layer_norm(x.reshape(-1, groups, C * H * W // groups), [C * H * W // groups], eps=eps)
             return h.reshape(-1, C, H, W) * weight[:, None, None] + bias[:, None, None]
@@ -469,11 +469,11 @@ class Trainer(Learner):
         package.user_defined_metadata["classes"] = json.dumps(names)
         package.save(str(path))
         self.model.to(self.device)
-        return f"{says}, B from 1 to 64; the names are in its metadata"
+        return f"{says}, B from 1 to 64; the class names are in its metadata"
 
 
 class Stylist(Learner):
-    """Paints: the image is the parameter. content and style are images (H, W, 3) float32 from 0 to 1."""
+    """Paints an image, whose pixels are the parameters. content and style are images (H, W, 3) float32 from 0 to 1."""
 
     def __init__(self, config, content, style, weights=None, strength=100.0, tv=30.0, seed=0, device=None):
         super().__init__(config, device)

@@ -48,7 +48,7 @@ def read_args():
     fixed = [
         add("--task", choices=TASKS, default="classify", help="classify images, or paint one"),
         add("--data", default="digits", help="mnist, fashion, cifar10, or a folder with a sub-folder for each class"),
-        add("--size", type=within("[16, 4096]", int), help="of a folder's images; style: of the longer side"),
+        add("--size", type=within("[16, 4096]", int), help="of a folder's images; style: the longer side"),
         add("--model", choices=MODELS, help="the network"),
         add("--channels", type=within("[1, 65536]", int), nargs="+", help="lenet: 3 layers; resnet: stem, blocks"),
         add("--smoothing", dest="label_smoothing", type=within("[0, 1)"), help="label smoothing"),
@@ -104,7 +104,7 @@ def load_twin(args):
 def fit(trainer, task, args, start, memory):
     """Train from step `start` to args.steps; about twenty times, evaluate, save and print a line.
 
-    Ctrl-C finishes the current step, saves and exits with 130; a second Ctrl-C does not wait. Returns steps per second.
+    Ctrl-C finishes the current step, saves and exits with 130; a second Ctrl-C exits at once. Returns steps per second.
     """
     ckpt, interrupted, every = args.out / "ckpt.npz", [], max(1, args.steps // 20)
 
@@ -143,7 +143,7 @@ def fit(trainer, task, args, start, memory):
             record(args.out, {"step": done, **figures, "steps_per_s": round(speed, 2)}, first)
         pending, shown = [], time.perf_counter()
         if interrupted:
-            print(f"stopped: the same command with --resume goes on from step {done}", flush=True)
+            print(f"stopped: the same command with --resume continues from step {done}", flush=True)
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return speed

@@ -387,7 +387,7 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 def muon(p, g, m, lr, weight_decay, beta=0.9):
     """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one --lr fits both.
     """
     m = beta * m + (1 - beta) * g
     update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum one step ahead
@@ -398,7 +398,7 @@ def orthogonalize(g):
     """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small matrices are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (mx.linalg.norm(x) + 1e-7)
@@ -427,7 +427,7 @@ def from_numpy(model, arrays):
     arrays = {name: a.transpose(0, 2, 3, 1) if name in convs else a for name, a in arrays.items()}
     for name, p in tree_flatten(model.parameters()):
         if arrays[name].shape != p.shape:
-            raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {p.shape}")
+            raise ValueError(f"{name} has shape {arrays[name].shape}, this model expects {p.shape}")
     return {name: mx.array(arrays[name]) for name, _ in tree_flatten(model.parameters())}
 
 
@@ -437,7 +437,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Replace the model's parameters by {name: numpy array}."""
+    """Replace the model's parameters with {name: numpy array}."""
     model.update(tree_unflatten(list(from_numpy(model, weights).items())))
 
 
@@ -475,7 +475,7 @@ class Trainer:
         self.average.update(self.model.parameters())
         self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
         self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
-        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+        if self.device == "gpu":  # compile the whole step; plain numbers would become constants
             state = [self.model.state, self.average.state, self.m, self.v]
             update = mx.compile(self.update, inputs=state, outputs=state)
             self.update = lambda part, arrays, *numbers: update(part, arrays, *map(mx.array, numbers))

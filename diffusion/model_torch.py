@@ -389,7 +389,7 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 def muon(p, g, m, lr, weight_decay, beta=0.9):
     """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one --lr fits both.
     """
     m.lerp_(g, 1 - beta)
     update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum one step ahead
@@ -400,7 +400,7 @@ def orthogonalize(g):
     """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small matrices are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (x.norm() + 1e-7)
@@ -426,7 +426,7 @@ def from_numpy(model, arrays):
         raise ValueError(f"{missing[0]} is missing")
     for name, p in model.named_parameters():
         if arrays[name].shape != tuple(p.shape):
-            raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {tuple(p.shape)}")
+            raise ValueError(f"{name} has shape {arrays[name].shape}, this model expects {tuple(p.shape)}")
     return {name: torch.from_numpy(arrays[name]).to(p.device) for name, p in model.named_parameters()}
 
 
@@ -436,7 +436,7 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Replace the model's parameters by {name: numpy array}."""
+    """Replace the model's parameters with {name: numpy array}."""
     model.load_state_dict(from_numpy(model, weights))
 
 

@@ -30,7 +30,7 @@ def fail(message):
 
 
 def within(span, kind=float):
-    """A type for add_argument: a number inside the interval `span`, such as "[0, 1)"; --help shows it."""
+    """A type for add_argument: a number in the interval `span`, such as "[0, 1)", which --help shows."""
     low, high = map(float, span[1:-1].split(","))
 
     def number(text):
@@ -55,7 +55,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def read_meta(path, model):
-    """What Trainer.save wrote beside the arrays: config, step and more. Reads the whole file, so damage shows here."""
+    """The metadata that Trainer.save wrote: config, step and more. Reads the whole file, so damage is found here."""
     try:
         with np.load(path, allow_pickle=False) as f:
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
@@ -74,7 +74,7 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
+    fail(f"{path} is not a usable checkpoint ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
@@ -119,7 +119,7 @@ def claim(args):
     except (FileNotFoundError, ProcessLookupError):
         pass  # none, or left by a killed run
     except (OverflowError, ValueError):
-        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+        fail(f"{lock} is not a lock file of this program: move it away, or choose another --out")
     lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
@@ -147,7 +147,7 @@ def record(out, row, first):
 
 
 def digest(*arrays):
-    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
+    """A hash of the training data, so that a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -179,8 +179,8 @@ def fetch(file, md5, *urls):
 class Task:
     """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
+    A task also needs batch(step), the arrays for Trainer.step, from a generator seeded with (seed, step, ...), and
+    evaluate(trainer, whole=False), {figure: number} on the held-out data, or on part of it for a log line.
     """
 
     config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
@@ -197,7 +197,7 @@ class Task:
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
-IDX = {  # two addresses of a dataset, and the MD5 sums of its four files
+IDX = {  # two URLs for each dataset, and the MD5 sums of its four files
     "mnist": (
         "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
@@ -221,7 +221,7 @@ def load_idx(name):
 
 
 def make_digits(n, seed):
-    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, turn, shear and shift are random."""
+    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, rotation, shear and shift are random."""
     rng = np.random.default_rng((seed, 28))
     font, glyphs = ImageFont.load_default(60), {}
     for digit in range(10):
@@ -230,7 +230,7 @@ def make_digits(n, seed):
             ImageDraw.Draw(image).text((42, 42), str(digit), 255, font, anchor="mm", stroke_width=stroke)
     labels, strokes = rng.integers(0, 10, n), rng.integers(0, 4, n)
     turn, shear, size = rng.normal(0, 0.15, n), rng.normal(0, 0.15, n), rng.uniform(0.8, 1.25, n)
-    # the corners (x, y) of the square of the glyph that becomes the image: nw, sw, se, ne
+    # the corners (x, y) of the part of the glyph that becomes the image: nw, sw, se, ne
     x, y = np.array([-1, -1, 1, 1])[:, None] * 36 / size, np.array([-1, 1, 1, -1])[:, None] * 36 / size
     x = x + shear * y
     x, y = np.cos(turn) * x - np.sin(turn) * y, np.sin(turn) * x + np.cos(turn) * y
@@ -255,7 +255,7 @@ def make_flowers(n, size, seed):
     for i in range(n):
         x, y = axis - place[i, 0], axis[:, None] - place[i, 1]
         r, angle, image = np.hypot(x, y), np.arctan2(y, x) + turn[i], light[i] * grass
-        layers = []  # of each the colour, the brightness and the radius of its edge
+        layers = []  # of each: the colour, the brightness and the radius of its edge
         for scale, shift, shade in ((1, 0, 0.85), (inner[i], np.pi, 1.05)):  # a ring of petals, a smaller one in front
             bump = np.abs(np.cos((petals[i] * angle + shift) / 2)) ** shape[i]  # 1 along a petal, 0 between two
             edge = scale * radius[i] * (0.35 + 0.65 * bump)
@@ -282,7 +282,7 @@ def count_petals(image):
 
 def open_image(path):
     """Open an image file as RGB, upright, on white where it is transparent; ends the run if it can't be read."""
-    Image.MAX_IMAGE_PIXELS = 25_000_000  # above twice as many, which take 1 GB, Pillow raises an error
+    Image.MAX_IMAGE_PIXELS = 25_000_000  # above twice as many, which would take 1 GB, Pillow raises an error
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -296,14 +296,14 @@ def open_image(path):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises errors of many kinds for broken files
-        fail(f"{path} is no picture that can be read ({error}): remove it, or name a PNG or JPEG file")
+        fail(f"{path} can't be read as an image ({error}): remove it, or name a PNG or JPEG file")
 
 
 def read_folder(folder, size):
-    """The images of a folder, cropped to squares of `size`, numbered as labels; then every tenth, which is held out."""
+    """The images of a folder, cropped to squares of `size`, and their numbers as labels; then every tenth, held out."""
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in Image.registered_extensions())
     if len(files) < 2:
-        fail(f"--data {folder} is neither one of the datasets in --help nor a folder of 2 images or more")
+        fail(f"--data {folder} is neither one of the datasets in --help nor a folder of 2 or more images")
     images = np.stack([np.asarray(ImageOps.fit(open_image(file), (size, size))) for file in files])
     number, every = np.arange(len(files)), min(10, len(files))
     held = number % every == every - 1
@@ -337,7 +337,7 @@ def in_parts(function, x, n=1000):
 
 
 class Judge:
-    """Classifies images (N, H, W, C) uint8: fixed filters cut out of images, then two trained layers.
+    """Classifies images (N, H, W, C) uint8: fixed filters cut out of its images, then two trained layers.
 
     Trained on at most 10,000 images x of the classes y, with a fixed seed, so that it is the same in all runs. If there
     is only one class, nothing is trained, and its features are random sums of the filters' responses.

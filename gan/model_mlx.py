@@ -77,7 +77,7 @@ class Down(nn.Conv2d):
     def __call__(self, x):
         B, H, W, n = x.shape
         m, h, w = self.weight.shape[0], H // 2 + 1, W // 2 + 1
-        # blocks of 2x2 pixels are folded into 4 n channels: on a CPU the gradient would be slow with a stride
+        # blocks of 2x2 pixels are folded into 4 n channels: on a CPU the gradient with a stride is slow
         x = mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]).reshape(B, h, 2, w, 2, n)
         weight = self.weight.reshape(m, 2, 2, 2, 2, n).transpose(0, 1, 3, 2, 4, 5).reshape(m, 2, 2, 4 * n)
         y = mx.conv2d(x.transpose(0, 1, 3, 2, 4, 5).reshape(B, h, w, 4 * n), weight)
@@ -222,7 +222,7 @@ def from_numpy(model, arrays):
     given = {name: a.transpose(0, 2, 3, 1) if name in filters else a for name, a in given.items()}
     for name, p in found.items():
         if given[name].shape != p.shape:
-            raise ValueError(f"{name} has shape {given[name].shape}, this model wants {p.shape}")
+            raise ValueError(f"{name} has shape {given[name].shape}, this model expects {p.shape}")
     return {name: mx.array(a, mx.float32) for name, a in given.items()}
 
 
@@ -257,7 +257,7 @@ def devices():
 
 
 class Trainer:
-    """The two players and their optimizers. Takes and gives numpy; figures become numbers when float() is called."""
+    """The two players and their optimizers. Takes and returns numpy; figures stay on the device until float()."""
 
     def __init__(self, config, seed=0, device=None):
         self.config, self.device, self.t = config, device or devices()[0], 0
@@ -271,7 +271,7 @@ class Trainer:
         for player in ("generator", "discriminator"):
             self.optimizers[player] = optim.Adam(0.0, betas=betas, bias_correction=True)
             self.optimizers[player].init(getattr(self.model, player).trainable_parameters())
-        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+        if self.device == "gpu":  # compile the whole step; plain numbers would become constants
             state = [self.model.state, self.average.state, *(o.state for o in self.optimizers.values())]
             play = mx.compile(self.play, inputs=state, outputs=state)
             self.play = lambda x, z, u, *numbers: play(x, z, u, *map(mx.array, numbers))

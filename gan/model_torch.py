@@ -74,7 +74,7 @@ class Down(nn.Conv2d):
         super().__init__(n, m, 4, stride=2, padding=1, bias=bias)
 
     def forward(self, x):
-        return super().forward(x)  # slow in MLX on a CPU, which does it differently: see there
+        return super().forward(x)  # slow in MLX on a CPU, so model_mlx.py does it differently
 
 
 def of_class(s, c):
@@ -211,7 +211,7 @@ def from_numpy(model, arrays):
     found = {name: p for name, p in model.state_dict().items() if name in arrays}
     for name, p in found.items():
         if arrays[name].shape != tuple(p.shape):
-            raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {tuple(p.shape)}")
+            raise ValueError(f"{name} has shape {arrays[name].shape}, this model expects {tuple(p.shape)}")
     return {name: torch.from_numpy(arrays[name]).to(p.device) for name, p in found.items()}
 
 
@@ -247,7 +247,7 @@ def devices():
 
 
 class Trainer:
-    """The two players and their optimizers. Takes and gives numpy; figures become numbers when float() is called."""
+    """The two players and their optimizers. Takes and returns numpy; figures stay on the device until float()."""
 
     def __init__(self, config, seed=0, device=None):
         self.config, self.device, self.t = config, device or devices()[0], 0

@@ -47,7 +47,7 @@ def fail(message):
 
 
 def within(span, kind=float):
-    """A type for add_argument: a number inside the interval `span`, such as "[0, 1)"; --help shows it."""
+    """A type for add_argument: a number in the interval `span`, such as "[0, 1)", which --help shows."""
     low, high = map(float, span[1:-1].split(","))
 
     def number(text):
@@ -72,7 +72,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def read_meta(path, model):
-    """What Trainer.save wrote beside the arrays: config, step and more. Reads the whole file, so damage shows here."""
+    """The metadata that Trainer.save wrote: config, step and more. Reads the whole file, so damage is found here."""
     try:
         with np.load(path, allow_pickle=False) as f:
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
@@ -91,7 +91,7 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
+    fail(f"{path} is not a usable checkpoint ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
@@ -136,7 +136,7 @@ def claim(args):
     except (FileNotFoundError, ProcessLookupError):
         pass  # none, or left by a killed run
     except (OverflowError, ValueError):
-        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+        fail(f"{lock} is not a lock file of this program: move it away, or choose another --out")
     lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
@@ -164,7 +164,7 @@ def record(out, row, first):
 
 
 def digest(*arrays):
-    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
+    """A hash of the training data, so that a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -196,8 +196,8 @@ def fetch(file, md5, *urls):
 class Task:
     """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
+    A task also needs batch(step), the arrays for Trainer.step, from a generator seeded with (seed, step, ...), and
+    evaluate(trainer, whole=False), {figure: number} on the held-out data, or on part of it for a log line.
     """
 
     config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
@@ -216,7 +216,7 @@ class Task:
 
 
 def load_text(name):
-    """A public dataset, a text file or, without a name, Python's manual: without rulers, each paragraph once."""
+    """Load tinyshakespeare, a text file or, without a name, Python's manual, less rulers and repeated paragraphs."""
     if not name:
         lines = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())).split("\n")
         paragraphs = "\n".join(line for line in lines if not line or set(line) - set("*=-~^")).split("\n\n")
@@ -235,7 +235,7 @@ def load_text(name):
 
 
 class Characters:
-    """A character is a token; its number is its place in the alphabet."""
+    """Each character is a token; its id is its place in the alphabet."""
 
     def __init__(self, alphabet):
         self.alphabet, self.vocab_size = alphabet, len(alphabet)
@@ -253,7 +253,7 @@ class Characters:
 
 
 def learn_bpe(text, n):
-    """Byte-pair encoding (Sennrich et al. 2016): n times, the most frequent pair of neighbours becomes one token.
+    """Byte-pair encoding (Sennrich et al. 2016): n times, the most frequent pair of adjacent tokens is merged.
 
     Returns {token: rank}, bytes and int, the 256 single bytes first, as tiktoken needs it.
     """

@@ -347,7 +347,7 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 def muon(p, g, m, lr, weight_decay, beta=0.9):
     """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one --lr fits both.
     """
     m.lerp_(g, 1 - beta)
     update = orthogonalize(torch.lerp(g, m, beta))  # Nesterov: the momentum one step ahead
@@ -358,7 +358,7 @@ def orthogonalize(g):
     """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small matrices are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (x.norm() + 1e-7)
@@ -399,7 +399,7 @@ def set_weights(model, weights):
     for name, p in model.named_parameters():
         if name in weights:
             if weights[name].shape != tuple(p.shape):
-                raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
+                raise ValueError(f"{name} has shape {weights[name].shape}, this model expects {tuple(p.shape)}")
             p.data.copy_(scatter(weights[name], p))
 
 
@@ -445,7 +445,7 @@ def agree(flag):
 
 
 class Trainer:
-    """A Llama and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them.
+    """A Llama and its optimizer. Takes and returns numpy; figures stay on the device until float() reads them.
 
     weights: initial ones, {name: numpy array}; accumulate: how many parts a batch is computed in, one after the other;
     dtype: what the forward and backward pass are computed in, "float32" or "bfloat16"; the weights stay float32.
@@ -552,7 +552,7 @@ class Trainer:
         for key in ("", "m.", "v.") if self.t else ("",):
             for name, p in params.items():
                 if (there := arrays[key + name].shape if key + name in arrays else "none") != tuple(p.shape):
-                    raise ValueError(f"{key}{name} has shape {there}, this model wants {tuple(p.shape)}")
+                    raise ValueError(f"{key}{name} has shape {there}, this model expects {tuple(p.shape)}")
         set_weights(self.model, {name: arrays[name] for name in params})
         for moments, key in (self.m, "m"), (self.v, "v"):
             for name, p in params.items() if self.t else ():

@@ -28,7 +28,7 @@ def fail(message):
 
 
 def within(span, kind=float):
-    """A type for add_argument: a number inside the interval `span`, such as "[0, 1)"; --help shows it."""
+    """A type for add_argument: a number in the interval `span`, such as "[0, 1)", which --help shows."""
     low, high = map(float, span[1:-1].split(","))
 
     def number(text):
@@ -53,7 +53,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def read_meta(path, model):
-    """What Trainer.save wrote beside the arrays: config, step and more. Reads the whole file, so damage shows here."""
+    """The metadata that Trainer.save wrote: config, step and more. Reads the whole file, so damage is found here."""
     try:
         with np.load(path, allow_pickle=False) as f:
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
@@ -72,7 +72,7 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
+    fail(f"{path} is not a usable checkpoint ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
@@ -117,7 +117,7 @@ def claim(args):
     except (FileNotFoundError, ProcessLookupError):
         pass  # none, or left by a killed run
     except (OverflowError, ValueError):
-        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+        fail(f"{lock} is not a lock file of this program: move it away, or choose another --out")
     lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
@@ -145,7 +145,7 @@ def record(out, row, first):
 
 
 def digest(*arrays):
-    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
+    """A hash of the training data, so that a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -177,8 +177,8 @@ def fetch(file, md5, *urls):
 class Task:
     """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
+    A task also needs batch(step), the arrays for Trainer.step, from a generator seeded with (seed, step, ...), and
+    evaluate(trainer, whole=False), {figure: number} on the held-out data, or on part of it for a log line.
     """
 
     config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
@@ -195,7 +195,7 @@ class Task:
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
-IDX = {  # two addresses of each dataset, and the MD5 sums of its four files
+IDX = {  # two URLs for each dataset, and the MD5 sums of its four files
     "mnist": (
         "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
@@ -225,7 +225,7 @@ def load_idx(name):
 
 
 def make_digits(n, seed):
-    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, turn, shear and shift are random."""
+    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, rotation, shear and shift are random."""
     rng = np.random.default_rng((seed, 28))
     font, glyphs = ImageFont.load_default(60), {}
     for digit in range(10):
@@ -234,7 +234,7 @@ def make_digits(n, seed):
             ImageDraw.Draw(image).text((42, 42), str(digit), 255, font, anchor="mm", stroke_width=stroke)
     labels, strokes = rng.integers(0, 10, n), rng.integers(0, 4, n)
     turn, shear, size = rng.normal(0, 0.15, n), rng.normal(0, 0.15, n), rng.uniform(0.8, 1.25, n)
-    # the corners (x, y) of the square of the glyph that becomes the image: nw, sw, se, ne
+    # the corners (x, y) of the part of the glyph that becomes the image: nw, sw, se, ne
     x, y = np.array([-1, -1, 1, 1])[:, None] * 36 / size, np.array([-1, 1, 1, -1])[:, None] * 36 / size
     x = x + shear * y
     x, y = np.cos(turn) * x - np.sin(turn) * y, np.sin(turn) * x + np.cos(turn) * y
@@ -252,7 +252,7 @@ def floats(images):
 
 
 def make_spiral(n, seed):
-    """Points (n, 2) of three arms, each four thirds of a turn from radius 0.1 to 1, and which arm it is, (n,)."""
+    """Points (n, 2) on three spiral arms, each 4/3 turns long, from radius 0.1 to 1; and the arm of each, (n,)."""
     rng = np.random.default_rng((seed, 2))
     t, y = rng.uniform(0, 1, n), rng.integers(0, 3, n)
     radius, angle = 0.1 + 0.9 * t, 2 * np.pi * (y / 3 + 4 / 3 * t)
@@ -260,7 +260,7 @@ def make_spiral(n, seed):
 
 
 def make_moons(n, seed):
-    """Points (n, 2) of two half-circles of radius 1, each in the other's hollow, and which one it is, (n,)."""
+    """Points (n, 2) on two interleaving half-circles of radius 1, and the half-circle of each, (n,)."""
     rng = np.random.default_rng((seed, 2))
     angle, y = np.pi * rng.uniform(0, 1, n), rng.integers(0, 2, n)
     x = np.stack([np.cos(angle), np.sin(angle)], 1)
@@ -287,28 +287,28 @@ def read_csv(path):
             f.seek(0)
             table = np.loadtxt(f, delimiter=",", comments=None, skiprows=header, ndmin=2)
     except (OSError, ValueError) as error:
-        fail(f"{path} can't be read as a CSV ({error}): it needs rows of numbers between commas, with no gap")
+        fail(f"{path} can't be read as a CSV ({error}): it needs rows of numbers separated by commas, none missing")
     if not (table.size and table.shape[1] <= 10000 and (np.abs(table) < 1e30).all()):
-        fail(f"{path} must have rows of at most 10,000 columns, all of them numbers below 1e30 with no gap")
+        fail(f"{path} must have at most 10,000 columns of numbers below 1e30, none missing")
     return table
 
 
 def split(table, path):
-    """Rows of features and a target: x (N, n_in), y (N,); then those of every fifth row, which is held out."""
+    """Split features from the target: x (N, n_in), y (N,) to train on; then those of every fifth row, held out."""
     if table.shape[0] < 10 or table.shape[1] < 2:
-        fail(f"{path} must have 10 rows or more and 2 columns or more: features, and the target in the last")
+        fail(f"{path} must have at least 10 rows and 2 columns: features, and the target in the last")
     x, y, held = table[:, :-1], table[:, -1], np.arange(len(table)) % 5 == 4
     return x[~held], y[~held], x[held], y[held]
 
 
 def spread(a):
-    """The mean and the deviation of each column, as lists; a column that is constant has deviation 1."""
+    """The mean and the standard deviation of each column, as lists; that of a constant column counts as 1."""
     mean, deviation = a.mean(0), a.std(0)
     return [mean.tolist(), np.where(deviation > 1e-9 * np.abs(mean), deviation, 1.0).tolist()]
 
 
 def scaled(a, mean, deviation):
-    """The columns of a minus their mean, divided by their deviation; float32."""
+    """The columns of a minus their mean, divided by their standard deviation; float32."""
     return np.float32(((a - np.array(mean, a.dtype)) / np.array(deviation, a.dtype)).clip(-1e6, 1e6))
 
 
@@ -319,7 +319,7 @@ PAPER = (250, 250, 247)
 
 
 def draw_regions(trainer, x, y):
-    """The plane coloured by the class that the network gives each point, and the points x (N, 2) of class y over it."""
+    """The plane, coloured by predicted class, and on it the points x (N, 2), coloured by their class y."""
     low, high = x.min(0) - 0.1, x.max(0) + 0.1
     side, scale = 960, (960 - 1) / (high - low).max()
     grid = np.stack(np.meshgrid(np.arange(0, side, 2), np.arange(side, 0, -2)), -1).reshape(-1, 2) / scale
@@ -356,7 +356,7 @@ def draw_fit(trainer, x, y):
 
 
 def draw_answers(trainer, x, y, rows=6, columns=12):
-    """Images x (N, 784) with the answers: first wrong ones in red, with the right class, then right ones in green."""
+    """Images x (N, 784) with the predictions: wrong ones first, in red, with the true class; right ones in green."""
     answers = trainer.predict(x).argmax(1)
     wrong, right = np.flatnonzero(answers != y), np.flatnonzero(answers == y)
     shown = [*wrong[: rows * columns // 2], *right][: rows * columns]
@@ -374,7 +374,7 @@ def draw_answers(trainer, x, y, rows=6, columns=12):
 
 
 class Examples(Task):
-    """What the tasks share: features x (N, n_in) and answers y. Each has its own loss and its own plot."""
+    """What the tasks share: features x (N, n_in) and targets y. Each has its own loss and its own plot."""
 
     batch_size = 256  # rows per step, without --batch-size
 
@@ -388,7 +388,7 @@ class Examples(Task):
         plain = [[0.0], [1.0]]  # synthetic data need no scaling
         self.x_scale = (saved or {}).get("x_scale") or (spread(x) if args.data and args.data not in IDX else plain)
         if len(self.x_scale[0]) not in (1, x.shape[1]):
-            fail(f"--data {args.data} has {x.shape[1]} features, its checkpoint {len(self.x_scale[0])}")
+            fail(f"--data {args.data} has {x.shape[1]} features, the checkpoint {len(self.x_scale[0])}")
         self.x, self.x_val = scaled(x, *self.x_scale), scaled(x_val, *self.x_scale)
         self.y, self.y_val = self.answers(y), self.answers(y_val)
         n_out = 1 if self.y.ndim > 1 else int(max(self.y.max(), self.y_val.max())) + 1
@@ -456,18 +456,18 @@ class Binary(Spiral):
         return np.float32(super().answers(y))[:, None]
 
     def named(self, p):
-        """The more likely answer, and the probability of 1."""
+        """The more likely class, and the probability of 1."""
         return {"class": p[:, 0] > 0.5, "p1": p[:, 0]}
 
 
 class Regression(Examples):
-    """Predict a number: a noisy sine, or the last column of a CSV. Scaled for training; figures are in its units."""
+    """Predict a number: a noisy sine, or the last column of a CSV. Scaled for training; figures are in y's units."""
 
     loss, columns = "mse", 1
     make, draw = staticmethod(make_sine), staticmethod(draw_fit)
 
     def __init__(self, args, saved):
-        self.y_scale = saved.get("y_scale", [[0.0], [1.0]]) if saved else None  # older checkpoints did not scale it
+        self.y_scale = saved.get("y_scale", [[0.0], [1.0]]) if saved else None  # older checkpoints did not scale y
         super().__init__(args, saved)
         self.extra["y_scale"] = self.y_scale
 
@@ -482,7 +482,7 @@ class Regression(Examples):
         return figures | {"r2": 1 - error / max(self.y_val.var(), 1e-12)} if whole else figures
 
     def named(self, p):
-        """The numbers, in their own units."""
+        """The predictions, in the original units."""
         return {"prediction": p[:, 0].astype(np.float64) * self.y_scale[1][0] + self.y_scale[0][0]}
 
 

@@ -5,7 +5,7 @@
 Forward, for the layers k = 1 ... L, with a_0 = x:
     z_k = a_{k-1} W_k^T + b_k        (B, n_k); W_k is (n_k, n_{k-1}), the way both frameworks store it
     a_k = f(z_k)                     f is relu, sigmoid or tanh; the last layer has none
-Loss, the mean over the batch and, but for cross_entropy, over the outputs:
+Loss, the mean over the batch and, except for cross_entropy, the outputs:
     cross_entropy                    -log softmax(z_L)[y]                                  y (B,) class numbers
     binary_cross_entropy             -y log sigmoid(z_L) - (1 - y) log(1 - sigmoid(z_L))   y (B, n_out) of 0 and 1
     mse                              (z_L - y)^2                                           y (B, n_out)
@@ -58,7 +58,7 @@ class MLP(nn.Module):
 
 
 def loss_fn(z, y, loss):
-    """The mean of -log p of the class y, or of the answer y, 0 or 1, for logits z; or of the squared error of z."""
+    """The mean -log p of the class y, or of the answer y = 0 or 1, under logits z; or the mean squared error of z."""
     if loss == "cross_entropy":
         return nn.losses.cross_entropy(z, y, reduction="mean")
     if loss == "binary_cross_entropy":
@@ -73,7 +73,7 @@ def activate(z, activation):
     """f(z) and f'(z), both of z's shape."""
     if activation == "relu":  # max(z, 0): slope 1 where z > 0, else 0
         return mx.where(z > 0, z, 0.0), mx.where(z > 0, 1.0, 0.0)
-    if activation == "sigmoid":  # s = 1 / (1 + e^-z): e^-z / (1 + e^-z)^2 = s (1 - s), at most 1/4
+    if activation == "sigmoid":  # s = 1 / (1 + e^-z): slope e^-z / (1 + e^-z)^2 = s (1 - s), at most 1/4
         s = 1 / (1 + mx.exp(-z))
         return s, s * (1 - s)
     t = mx.tanh(z)  # (e^z - e^-z) / (e^z + e^-z): slope 1 - t^2, at most 1
@@ -126,7 +126,7 @@ def sgd(p, g, lr, t):
 
 
 def momentum(p, g, lr, t, m, beta=0.9):
-    """Polyak 1964: a ball that rolls down the loss and keeps the share beta of its speed m."""
+    """Polyak 1964: a ball that rolls down the loss and keeps a fraction beta of its speed m."""
     m = beta * m + g
     return p - lr * m, m
 
@@ -148,11 +148,11 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Replace the model's parameters by {name: numpy array}."""
+    """Replace the model's parameters with {name: numpy array}."""
     params = dict(tree_flatten(model.parameters()))
     for name, p in params.items():
         if weights[name].shape != p.shape:
-            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {p.shape}")
+            raise ValueError(f"{name} has shape {weights[name].shape}, this model expects {p.shape}")
         params[name] = mx.array(weights[name], mx.float32)
     model.update(tree_unflatten(list(params.items())))
 
@@ -176,7 +176,7 @@ def devices():
 
 
 class Trainer:
-    """An MLP and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+    """An MLP and its optimizer. Takes and returns numpy; figures stay on the device until float() reads them."""
 
     def __init__(self, config, seed=0, device=None):
         self.config, self.device, self.t = config, device or devices()[0], 0
@@ -190,7 +190,7 @@ class Trainer:
         else:
             self.optimizer = optim.SGD(0.0, momentum=0.9 if config.optimizer == "momentum" else 0.0)
         self.optimizer.init(self.model.trainable_parameters())
-        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+        if self.device == "gpu":  # compile the whole step; plain numbers would become constants
             state = [self.model.state, self.optimizer.state]
             update = mx.compile(self.update, inputs=state, outputs=state)
             self.update = lambda x, y, *numbers: update(x, y, *map(mx.array, numbers))
@@ -210,7 +210,7 @@ class Trainer:
         return {"loss": loss}
 
     def update(self, x, y, lr, t):
-        """What step number t = 1, 2, ... does to the weights and the optimizer's state; returns the loss before it."""
+        """Update the weights and the optimizer's state, at step t = 1, 2, ...; returns the loss before the update."""
         if self.config.grad == "by-hand":
             return self.update_by_hand(x, y, lr, t)
         self.optimizer.learning_rate = lr
@@ -243,7 +243,7 @@ class Trainer:
         return figures
 
     def predict(self, x):
-        """x (B, n_in) -> numpy (B, n_out): probabilities of the classes, of the answer 1, or the values."""
+        """x (B, n_in) -> numpy (B, n_out): class probabilities, the probability of 1, or the values."""
         z = self.model(mx.array(x))
         if self.config.loss == "cross_entropy":
             z = mx.softmax(z, 1)
@@ -252,7 +252,7 @@ class Trainer:
         return np.array(z)
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
+        """Save weights, moments, step, config and what train.py adds to one .npz: all or nothing."""
         arrays, state = get_weights(self.model), dict(tree_flatten(self.optimizer.state))
         for name in list(arrays):
             for letter, key in zip("mv", self.moments):

@@ -5,7 +5,7 @@
 Forward, for the layers k = 1 ... L, with a_0 = x:
     z_k = a_{k-1} W_k^T + b_k        (B, n_k); W_k is (n_k, n_{k-1}), the way both frameworks store it
     a_k = f(z_k)                     f is relu, sigmoid or tanh; the last layer has none
-Loss, the mean over the batch and, but for cross_entropy, over the outputs:
+Loss, the mean over the batch and, except for cross_entropy, the outputs:
     cross_entropy                    -log softmax(z_L)[y]                                  y (B,) class numbers
     binary_cross_entropy             -y log sigmoid(z_L) - (1 - y) log(1 - sigmoid(z_L))   y (B, n_out) of 0 and 1
     mse                              (z_L - y)^2                                           y (B, n_out)
@@ -57,7 +57,7 @@ class MLP(nn.Module):
 
 
 def loss_fn(z, y, loss):
-    """The mean of -log p of the class y, or of the answer y, 0 or 1, for logits z; or of the squared error of z."""
+    """The mean -log p of the class y, or of the answer y = 0 or 1, under logits z; or the mean squared error of z."""
     if loss == "cross_entropy":
         return F.cross_entropy(z, y)
     if loss == "binary_cross_entropy":
@@ -72,7 +72,7 @@ def activate(z, activation):
     """f(z) and f'(z), both of z's shape."""
     if activation == "relu":  # max(z, 0): slope 1 where z > 0, else 0
         return torch.where(z > 0, z, 0.0), torch.where(z > 0, 1.0, 0.0)
-    if activation == "sigmoid":  # s = 1 / (1 + e^-z): e^-z / (1 + e^-z)^2 = s (1 - s), at most 1/4
+    if activation == "sigmoid":  # s = 1 / (1 + e^-z): slope e^-z / (1 + e^-z)^2 = s (1 - s), at most 1/4
         s = 1 / (1 + torch.exp(-z))
         return s, s * (1 - s)
     t = torch.tanh(z)  # (e^z - e^-z) / (e^z + e^-z): slope 1 - t^2, at most 1
@@ -125,7 +125,7 @@ def sgd(p, g, lr, t):
 
 
 def momentum(p, g, lr, t, m, beta=0.9):
-    """Polyak 1964: a ball that rolls down the loss and keeps the share beta of its speed m."""
+    """Polyak 1964: a ball that rolls down the loss and keeps a fraction beta of its speed m."""
     m = beta * m + g
     return p - lr * m, m
 
@@ -147,10 +147,10 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Replace the model's parameters by {name: numpy array}."""
+    """Replace the model's parameters with {name: numpy array}."""
     for name, p in model.named_parameters():
         if weights[name].shape != tuple(p.shape):
-            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {tuple(p.shape)}")
+            raise ValueError(f"{name} has shape {weights[name].shape}, this model expects {tuple(p.shape)}")
         p.data.copy_(torch.from_numpy(weights[name]))
 
 
@@ -174,7 +174,7 @@ def devices():
 
 
 class Trainer:
-    """An MLP and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+    """An MLP and its optimizer. Takes and returns numpy; figures stay on the device until float() reads them."""
 
     def __init__(self, config, seed=0, device=None):
         self.config, self.device, self.t = config, device or devices()[0], 0
@@ -205,7 +205,7 @@ class Trainer:
         return {"loss": loss}
 
     def update(self, x, y, lr, t):
-        """What step number t = 1, 2, ... does to the weights and the optimizer's state; returns the loss before it."""
+        """Update the weights and the optimizer's state, at step t = 1, 2, ...; returns the loss before the update."""
         if self.config.grad == "by-hand":
             return self.update_by_hand(x, y, lr, t)
         self.optimizer.param_groups[0]["lr"] = lr
@@ -240,7 +240,7 @@ class Trainer:
 
     @torch.no_grad()
     def predict(self, x):
-        """x (B, n_in) -> numpy (B, n_out): probabilities of the classes, of the answer 1, or the values."""
+        """x (B, n_in) -> numpy (B, n_out): class probabilities, the probability of 1, or the values."""
         z = self.model(torch.from_numpy(x).to(self.device))
         if self.config.loss == "cross_entropy":
             z = torch.softmax(z, 1)
@@ -249,7 +249,7 @@ class Trainer:
         return z.cpu().numpy()
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
+        """Save weights, moments, step, config and what train.py adds to one .npz: all or nothing."""
         arrays = get_weights(self.model)
         for name, p in self.model.named_parameters():
             for letter, key in zip("mv", self.moments):

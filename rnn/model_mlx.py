@@ -242,7 +242,7 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 def muon(p, g, m, lr, weight_decay, beta=0.9):
     """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one --lr fits both.
     """
     m = beta * m + (1 - beta) * g
     update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum one step ahead
@@ -253,7 +253,7 @@ def orthogonalize(g):
     """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small matrices are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (mx.linalg.norm(x) + 1e-7)
@@ -274,11 +274,11 @@ def get_weights(model):
 
 
 def set_weights(model, weights):
-    """Replace the model's parameters by {name: numpy array}."""
+    """Replace the model's parameters with {name: numpy array}."""
     params = dict(tree_flatten(model.parameters()))
     for name, p in params.items():
         if weights[name].shape != p.shape:
-            raise ValueError(f"{name} has shape {weights[name].shape}, this model wants {p.shape}")
+            raise ValueError(f"{name} has shape {weights[name].shape}, this model expects {p.shape}")
         params[name] = mx.array(weights[name], mx.float32)
     model.update(tree_unflatten(list(params.items())))
 
@@ -312,7 +312,7 @@ def devices():
 
 
 class Trainer:
-    """A network and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+    """A network and its optimizer. Takes and returns numpy; figures stay on the device until float() reads them."""
 
     def __init__(self, config, seed=0, device=None):
         self.config, self.device, self.t, self.state = config, device or devices()[0], 0, None
@@ -321,7 +321,7 @@ class Trainer:
         init_weights(self.model, seed)
         self.m = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
         self.v = {name: mx.zeros_like(p) for name, p in tree_flatten(self.model.parameters())}
-        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+        if self.device == "gpu":  # compile the whole step; plain numbers would become constants
             state = [self.model.state, self.m, self.v]
             update = mx.compile(self.update, inputs=state, outputs=state)
             self.update = lambda x, y, beside, state, *numbers: update(x, y, beside, state, *map(mx.array, numbers))

@@ -118,7 +118,7 @@ class Folder:
 
     def case_locks(self):
         """A folder that another process is using; the user's own file with the name of the lock, which is kept."""
-        for out, text, reason in (("busy", str(os.getppid()), "in use"), ("mine", "my bicycle", "no lock")):
+        for out, text, reason in (("busy", str(os.getppid()), "in use"), ("mine", "my bicycle", "not a lock")):
             lock = self.path / self.copy(out) / "lock"
             lock.write_text(text)
             self.refused(*SHORT[self.name], "--out", out, reason=reason)

@@ -17,7 +17,7 @@ FLAGS = ["--steps -1", "--steps many | invalid int", "--batch-size 0", "--lr 0",
          "--device tpu | --device tpu", "--resume --out nowhere | no checkpoint", "--out train.py"]  # fmt: skip
 TEXT = ["--data missing.txt | missing.txt", "--data latin1.txt | UTF-8", "--data short.txt | too few", "--prompt ''",
         "--prompt \u4e2d | alphabet", "--temperature -1"]  # fmt: skip
-PICTURES = ["--data missing | folder of 2 ", "--data broken | is no picture", "--data mnist | train-images"]
+PICTURES = ["--data missing | folder of 2 ", "--data broken | can't be read as an image", "--data mnist | train-images"]
 OWN = {  # by one folder; FILES are written beforehand
     "mlp": ["--task cubic | invalid choice", "--data missing.csv | missing.csv", "--data empty | empty",
             "--data latin1.txt | latin1.txt", "--hidden 0", "--batch-size 6000 | more than the",
@@ -30,7 +30,7 @@ OWN = {  # by one folder; FILES are written beforehand
             "--task style --size 32 --weights binary | VGG-19", "--task style --content binary | binary"],
     "gpt": [*TEXT, "--data empty | empty", "--data binary | binary", f"--prompt {'x' * 200}", "--n-embd 30",
             "--top-p 0", "--top-k 0", "--beam 0", "--stop ''", "--merges -1", "--init missing.npz | missing.npz",
-            "--warmup 0", "--init binary | no checkpoint", "--init few | config.json",
+            "--warmup 0", "--init binary | not a usable checkpoint", "--init few | config.json",
             "--init no-weights | *.safetensors", "--init bad-weights | damaged",
             "--init half-weights --data the.txt | lacks", "--export-hf train.py", "--accumulate 9 | --batch-size",
             "--chat | --task chat", "--task chat --data short.txt | messages",

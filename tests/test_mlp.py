@@ -141,7 +141,7 @@ def test_read_csv(tmp_path, capsys):
         path.write_bytes(text.encode())
         assert load_file("mlp", "data").read_csv(path).shape == (12, 2)
     for text, reason in (
-        (rows + "1\n", "columns"), (rows + "nan,1\n", "no gap"), (rows + "1e31,1\n", "1e30"), ("a,b\n", "no gap"),
+        (rows + "1\n", "columns"), (rows + "nan,1\n", "missing"), (rows + "1e31,1\n", "1e30"), ("a,b\n", "missing"),
         (rows + "1,1e9\n", "0 to 1000"), (rows + "1,1001\n", "0 to 1000"), (rows + "1,0.5\n", "class numbers"),
         ("1,0\n" * 9, "10 rows"), ("1\n" * 12, "2 columns"), ("0," * 20000 + "0\n", "10,000 columns"),
     ):  # fmt: skip

@@ -75,7 +75,7 @@ def test_interrupted(name, backend, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", stop)
         code, out, err = run_here(folder, backend, *SHORT[name], "--out", "part")
-    assert code == 130 and not err and out.endswith("with --resume goes on from step 1\n"), out + err
+    assert code == 130 and not err and out.endswith("with --resume continues from step 1\n"), out + err
     ended = []
     for more in (["--out", "part", "--resume"], ["--out", "whole"]):
         figures = result(folder, backend, *SHORT[name], *more, run=run_here)
@@ -133,7 +133,7 @@ def test_processes(name, backend, n, tmp_path):
     assert [process.returncode for process in several] == [130] * n and not any(err for _, err in said), said
     saved = arrays_of(ckpt)
     step = json.loads(str(saved["meta"]))["step"]
-    assert f"goes on from step {step}" in said[0][0] and not any(out for out, _ in said[1:]) and begun < step < 200
+    assert f"continues from step {step}" in said[0][0] and not any(out for out, _ in said[1:]) and begun < step < 200
     losses += train(begun, step)
     for row in map(json.loads, (ckpt.parent / "log.jsonl").read_text().splitlines()):
         assert row["loss"] == pytest.approx(losses[row["step"] - 1], abs=1e-4)

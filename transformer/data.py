@@ -35,7 +35,7 @@ def fail(message):
 
 
 def within(span, kind=float):
-    """A type for add_argument: a number inside the interval `span`, such as "[0, 1)"; --help shows it."""
+    """A type for add_argument: a number in the interval `span`, such as "[0, 1)", which --help shows."""
     low, high = map(float, span[1:-1].split(","))
 
     def number(text):
@@ -60,7 +60,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def read_meta(path, model):
-    """What Trainer.save wrote beside the arrays: config, step and more. Reads the whole file, so damage shows here."""
+    """The metadata that Trainer.save wrote: config, step and more. Reads the whole file, so damage is found here."""
     try:
         with np.load(path, allow_pickle=False) as f:
             if f.zip.testzip() or any(part.compress_type for part in f.zip.infolist()):
@@ -79,7 +79,7 @@ def read_meta(path, model):
         fail(f"no checkpoint at {path}: train without --resume first, or say where it is with --out")
     except Exception as error:
         reason = f"damaged: {error!r}"
-    fail(f"{path} holds no checkpoint to resume ({reason}): start over without --resume, or choose another --out")
+    fail(f"{path} is not a usable checkpoint ({reason}): start over without --resume, or choose another --out")
 
 
 def parse(parser, model, fixed, kept, defaults):
@@ -124,7 +124,7 @@ def claim(args):
     except (FileNotFoundError, ProcessLookupError):
         pass  # none, or left by a killed run
     except (OverflowError, ValueError):
-        fail(f"{lock} is no lock file of this program: move it away, or choose another --out")
+        fail(f"{lock} is not a lock file of this program: move it away, or choose another --out")
     lock.unlink(missing_ok=True)
     with open(lock, "x") as f:
         f.write(str(os.getpid()))
@@ -152,7 +152,7 @@ def record(out, row, first):
 
 
 def digest(*arrays):
-    """A hash of the training data, by which a checkpoint recognises it whatever the file is called."""
+    """A hash of the training data, so that a checkpoint recognises it whatever the file is called."""
     parts = (a[:: 1 + len(a) // 1_000_000] for a in map(np.ravel, arrays))
     return hashlib.md5(b"".join(part.tobytes() for part in parts)).hexdigest()
 
@@ -184,8 +184,8 @@ def fetch(file, md5, *urls):
 class Task:
     """What train.py needs from a task. To add your own, write a class like those below and add it to TASKS.
 
-    Besides the members below, a task has batch(step), the arrays for Trainer.step, sampled with (seed, step); and
-    evaluate(trainer, whole=False), {figure: number} on held-out data, or on part of it for a log line.
+    A task also needs batch(step), the arrays for Trainer.step, from a generator seeded with (seed, step, ...), and
+    evaluate(trainer, whole=False), {figure: number} on the held-out data, or on part of it for a log line.
     """
 
     config, extra, about = {}, {}, ""  # fields of the model's Config; what checkpoints save; one line about the data
@@ -287,7 +287,7 @@ WORDS = r" ?\w+| ?[^\w\s]+|\s+"  # byte pairs are merged within such words
 
 
 def learn_bpe(text, n):
-    """Byte-pair encoding (Sennrich et al. 2016): n times, the most frequent pair of neighbours becomes one token.
+    """Byte-pair encoding (Sennrich et al. 2016): n times, the most frequent pair of adjacent tokens is merged.
 
     Returns {token: rank}, bytes and int, the 256 single bytes first, as tiktoken needs it.
     """
@@ -392,7 +392,7 @@ def mteval_tokens(text):
 
 # ---- images to learn from --------------------------------------------------------------------------------------------
 
-IDX = {  # two addresses of a dataset, and the MD5 sums of its four files
+IDX = {  # two URLs for each dataset, and the MD5 sums of its four files
     "mnist": (
         "http://yann.lecun.com/exdb/mnist https://ossci-datasets.s3.amazonaws.com/mnist",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
@@ -416,7 +416,7 @@ def load_idx(name):
 
 
 def make_digits(n, seed):
-    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, turn, shear and shift are random."""
+    """Synthetic digits: images (n, 28, 28) uint8, labels (n,); stroke, size, rotation, shear and shift are random."""
     rng = np.random.default_rng((seed, 28))
     font, glyphs = ImageFont.load_default(60), {}
     for digit in range(10):
@@ -425,7 +425,7 @@ def make_digits(n, seed):
             ImageDraw.Draw(image).text((42, 42), str(digit), 255, font, anchor="mm", stroke_width=stroke)
     labels, strokes = rng.integers(0, 10, n), rng.integers(0, 4, n)
     turn, shear, size = rng.normal(0, 0.15, n), rng.normal(0, 0.15, n), rng.uniform(0.8, 1.25, n)
-    # the corners (x, y) of the square of the glyph that becomes the image: nw, sw, se, ne
+    # the corners (x, y) of the part of the glyph that becomes the image: nw, sw, se, ne
     x, y = np.array([-1, -1, 1, 1])[:, None] * 36 / size, np.array([-1, 1, 1, -1])[:, None] * 36 / size
     x = x + shear * y
     x, y = np.cos(turn) * x - np.sin(turn) * y, np.sin(turn) * x + np.cos(turn) * y
@@ -460,7 +460,7 @@ CAPTIONS = [f"{a} {b} {c} {d}" for a in SIZES for b in COLOURS for c in SHAPES f
 
 
 def draw_shape(caption, rng, size=32):
-    """An image of the caption, (size, size, 3) uint8, with random place, size, turn, hue and background."""
+    """An image of the caption, (size, size, 3) uint8: exact place, size, rotation, hue and background are random."""
     big, colour, shape, place = caption.split(" ", 3)
     r = rng.uniform(0.15, 0.18) if big == "small" else rng.uniform(0.24, 0.27)
     away = dict(zip(PLACES, ((-0.24, 0), (0.24, 0), (0, -0.24), (0, 0.24), (0, 0))))[place]

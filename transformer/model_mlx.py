@@ -418,7 +418,7 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 def muon(p, g, m, lr, weight_decay, beta=0.9):
     """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one --lr fits both.
     """
     m = beta * m + (1 - beta) * g
     update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum one step ahead
@@ -429,7 +429,7 @@ def orthogonalize(g):
     """U V^T for g = U S V^T, approximately: five Newton-Schulz steps bring every singular value close to 1.
 
     A step is x <- p x with p = a I + b x x^T + c (x x^T)^2, which takes a singular value s to a s + b s^3 + c s^5.
-    All these p commute, so it is enough to update their product q, and x x^T: only small squares are multiplied.
+    All these p commute, so it is enough to update their product q, and x x^T: only small matrices are multiplied.
     """
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (mx.linalg.norm(x) + 1e-7)
@@ -454,12 +454,12 @@ def checked(arrays, name, like):
     if name not in arrays:
         raise ValueError(f"{name} is missing")
     if arrays[name].shape != tuple(like.shape):
-        raise ValueError(f"{name} has shape {arrays[name].shape}, this model wants {tuple(like.shape)}")
+        raise ValueError(f"{name} has shape {arrays[name].shape}, this model expects {tuple(like.shape)}")
     return arrays[name].astype(np.float32)
 
 
 def set_weights(model, weights):
-    """Replace the model's parameters by {name: numpy array}."""
+    """Replace the model's parameters with {name: numpy array}."""
     params = dict(tree_flatten(model.parameters()))
     for name, p in params.items():
         params[name] = mx.array(checked(weights, name, p))
@@ -487,7 +487,7 @@ def devices():
 
 
 class Trainer:
-    """A model and its optimizer. Takes and gives numpy; figures become numbers when float() is called on them."""
+    """A model and its optimizer. Takes and returns numpy; figures stay on the device until float() reads them."""
 
     def __init__(self, config, seed=0, device=None):
         self.config, self.seed, self.device, self.t = config, seed, device or devices()[0], 0
@@ -501,7 +501,7 @@ class Trainer:
         muons = [name for name, p in self.m.items() if p.ndim == 2 and "blocks." in name]  # the matrices of the blocks
         adamws = self.m.keys() - (muons if config.optimizer == "muon" else [])
         self.v = {name: mx.zeros_like(p) for name, p in self.m.items() if name in adamws}
-        if self.device == "gpu":  # one function, and few kernels, for the whole step; numbers would be its constants
+        if self.device == "gpu":  # compile the whole step; plain numbers would become constants
             state = [self.model.state, self.average.state, self.m, self.v, mx.random.state]
             update = mx.compile(self.update, inputs=state, outputs=state)
             self.update = lambda arrays, *numbers: update(arrays, *map(mx.array, numbers))
@@ -574,7 +574,7 @@ class Trainer:
         return np.array(layer._p)
 
     def save(self, path, step, **extra):
-        """Weights, moments, step, config and what train.py adds, to one .npz: completely or not at all."""
+        """Save weights, moments, step, config and what train.py adds to one .npz: all or nothing."""
         arrays = get_weights(self.model)
         arrays |= {f"m.{name}": np.array(m) for name, m in self.m.items()}
         arrays |= {f"v.{name}": np.array(v) for name, v in self.v.items()}

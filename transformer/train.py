@@ -116,7 +116,7 @@ def load_twin(args):
 def fit(trainer, task, args, start, memory):
     """Train from step `start` to args.steps; about twenty times, evaluate, save and print a line.
 
-    Ctrl-C finishes the current step, saves and exits with 130; a second Ctrl-C does not wait. Returns steps per second.
+    Ctrl-C finishes the current step, saves and exits with 130; a second Ctrl-C exits at once. Returns steps per second.
     """
     ckpt, interrupted, every = args.out / "ckpt.npz", [], max(1, args.steps // 20)
 
@@ -155,7 +155,7 @@ def fit(trainer, task, args, start, memory):
             record(args.out, {"step": done, **figures, "steps_per_s": round(speed, 2)}, first)
         pending, shown = [], time.perf_counter()
         if interrupted:
-            print(f"stopped: the same command with --resume goes on from step {done}", flush=True)
+            print(f"stopped: the same command with --resume continues from step {done}", flush=True)
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return speed
