@@ -240,7 +240,7 @@ class Letters:
 
 
 class Text(Task):
-    """Characters, each predicted from all before it. Rows of a batch are streams that continue from step to step."""
+    """Predict each character from all before it. Each row of a batch is a stream that continues from step to step."""
 
     def __init__(self, args, saved):
         text, self.args, T = load_text(args.data), args, args.length
@@ -251,7 +251,7 @@ class Text(Task):
         self.val = self.tokenizer.encode("".join(c for c in val if c in alphabet))
         if len(self.train) // args.batch_size <= T or len(self.val) <= T:
             need = 10 * max(T + 1, args.batch_size * (T + 1) // 9 + 1)
-            fail(f"{len(text)} characters are too few for --batch-size {args.batch_size} and --length {T}: have {need}")
+            fail(f"{len(text)} characters are too few for --batch-size {args.batch_size} and --length {T}: give {need}")
         if args.prompt is None:
             args.prompt = "The " if set("The ") <= set(alphabet) else alphabet[0]
         if not args.prompt:
@@ -292,10 +292,10 @@ class Text(Task):
 
 
 def make_weather(seed):
-    """Synthetic hourly weather of two years: the names of the variables, and (N, 5).
+    """Two years of synthetic hourly weather: the names of the variables, and (N, 5).
 
-    The year and the day are cosines. Fronts come every few days: pressure falls for about a day before one and rises
-    faster after it; clouds, wind and moisture gather before it, and it leaves colder air behind, which warms slowly.
+    The yearly and daily cycles are cosines. Fronts come every few days: pressure falls for about a day before one, then
+    rises faster; clouds, wind and moisture gather before it, and it leaves colder air behind, which warms slowly.
     Clouds halve the daily cycle. The rest is noise that is correlated over some hours.
     """
     rng, N = np.random.default_rng((seed, 5)), 730 * 24
@@ -324,7 +324,7 @@ def make_weather(seed):
 
 
 GAPS = {"", "na", "nan", "n/a", "null", "none", "?", "-"}
-CYCLES = {"year": 10000, "month": 12, "day": 31, "weekday": 7, "hour": 24, "minute": 60}  # columns of the calendar
+CYCLES = {"year": 10000, "month": 12, "day": 31, "weekday": 7, "hour": 24, "minute": 60}  # calendar columns
 
 
 def read_column(cells):
@@ -344,8 +344,8 @@ def read_table(path):
     """Read a CSV with commas, semicolons or tabs: the names of V variables, and (N, V + C).
 
     The last C columns are the calendar: dates, and columns with a name in CYCLES, as sines and cosines of their cycles.
-    Whether a column varies at all is judged by the first four fifths, which are trained on. A gap is filled with the
-    value before it, one at the beginning with the first value of that part.
+    A column that is constant in the first four fifths, which are trained on, is left out. A gap is filled with the
+    value before it, one at the beginning with the first value.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
@@ -392,7 +392,7 @@ def read_table(path):
 class Series(Task):
     """Forecast the next `horizon` values of all variables from the last `window`. The last fifth is held out."""
 
-    noise = 0.5  # added to the inputs in training, whose standard deviation is 1, so that no window is memorised
+    noise = 0.5  # added to training inputs, which have standard deviation 1, so that no window is memorised
 
     def __init__(self, args, saved):
         names, table = read_table(args.data) if args.data else make_weather(args.seed)
@@ -416,10 +416,10 @@ class Series(Task):
         self.config = dict(n_in=V + table.shape[1], n_out=H * V, read="last", loss="mse")
         self.extra = dict(digest=digest(past))
         n = self.cut, len(table) - self.cut
-        self.about = f"{args.data or 'synthetic weather'}: {n[0]:,} times to train on, {n[1]:,} held out"
+        self.about = f"{args.data or 'synthetic weather'}: {n[0]:,} time steps to train on, {n[1]:,} held out"
 
     def truth(self, at):
-        """The values from the times `at` on: (B, horizon V)."""
+        """The true values of the `horizon` steps that begin at the times `at`: (B, horizon V)."""
         return self.table[at[:, None] + np.arange(self.args.horizon), : len(self.names)].reshape(len(at), -1)
 
     def recent(self, at, back):
@@ -435,8 +435,8 @@ class Series(Task):
     def windows(self, at):
         """Inputs (B, window, 2 V + C) and targets (B, horizon V) of the forecasts made at the times `at`.
 
-        The inputs are the variables minus their last values, which says the same at any level, and the values with the
-        calendar. The targets are what the regression on the last values alone leaves unexplained.
+        The inputs are the variables minus their last values, which is the same at any level, the values themselves and
+        the calendar. The targets are what the regression on the last values alone leaves unexplained.
         """
         x, V = self.table[at[:, None] + np.arange(-self.args.window, 0)], len(self.names)
         y = self.truth(at) - self.linear(at, 1)
@@ -458,7 +458,7 @@ class Series(Task):
     def forecasts(self, trainer):
         """{"combined", "network", ...}: (N, horizon, V), and the truth, in the table's units.
 
-        Combined is the mean of the network's and the linear forecast, mostly better than both (Bates & Granger 1969).
+        Combined is the mean of the network's and the linear forecast, usually better than each (Bates & Granger 1969).
         """
         H, V, at = self.args.horizon, len(self.names), self.starts
         parts = np.array_split(at, math.ceil(len(at) / 256))
@@ -493,7 +493,7 @@ class Series(Task):
 
 # ---- speech ----------------------------------------------------------------------------------------------------------
 
-PHONES = {  # three formants in Hz; how loud the voice is, and the noise; the noise's centre in Hz; duration in ms
+PHONES = {  # three formants in Hz; loudness of the voice and of the noise; the noise's centre in Hz; duration in ms
     "z": (300, 1500, 2500, 0.4, 0.30, 3600, 90), "i": (300, 2250, 3000, 1.0, 0.00, 0, 100),
     "I": (400, 1950, 2550, 1.0, 0.00, 0, 80), "r": (350, 1100, 1600, 0.7, 0.00, 0, 70),
     "o": (500, 900, 2400, 1.0, 0.00, 0, 90), "u": (320, 900, 2250, 1.0, 0.00, 0, 110),
@@ -565,7 +565,7 @@ def read_wav(path):
             x = np.fft.irfft(spectrum, len(x))
         return np.interp(np.arange(0, len(x) - 1, rate / RATE), np.arange(len(x)), x)
     except (OSError, EOFError, wave.Error, KeyError, ValueError) as error:
-        fail(f"{path} is no WAV file of 8 or 16 bits that can be read ({error}): remove it from the folder")
+        fail(f"{path} can't be read as a WAV file of 8 or 16 bits ({error}): remove it from the folder")
 
 
 def read_speech(folder):
@@ -573,7 +573,7 @@ def read_speech(folder):
     files = [file for file in sorted(Path(folder).glob("*.wav")) if file.stem.count("_") == 2]
     labels, speakers = ([file.stem.split("_")[i] for file in files] for i in (0, 1))
     if len(set(labels)) < 2 or len(set(speakers)) < 2:
-        fail(f"{folder} must hold {{label}}_{{speaker}}_{{take}}.wav, of two labels or more and two speakers or more")
+        fail(f"{folder} must hold files {{label}}_{{speaker}}_{{take}}.wav of at least two labels and two speakers")
     return [read_wav(file) for file in files], labels, speakers
 
 
@@ -608,14 +608,14 @@ def log_mel(x, n_mel, size=160, hop=128):
 
 
 def stretch(frames, n):
-    """Resample to n frames at even distances: some are left out, or some repeated."""
+    """Resample to n evenly spaced frames: some are dropped or repeated."""
     return frames[np.arange(n) * len(frames) // n]
 
 
 def load_speech(args, drawn=0):
     """Sounds with a peak of 1; labels as numbers; their names; speakers as numbers, -1 for the one who is held out.
 
-    If the recordings are of digits, that many `drawn` voices are added to them.
+    If the recordings are of digits, `drawn` synthetic voices are added to them.
     """
     sounds, labels, speakers = read_speech(args.data) if args.data else make_speech(args.seed)
     args.held_out = args.held_out or max(speakers)
@@ -635,10 +635,10 @@ def load_speech(args, drawn=0):
 
 
 class Speech(Task):
-    """Which word is spoken: log-mel frames, one answer after the last. One speaker is held out.
+    """Recognise a spoken word from its log-mel frames: one answer, after the last. One speaker is held out.
 
     The mean over all words of a voice, its timbre and its microphone, is subtracted first. That needs no labels, so the
-    held-out voice is treated the same. Recordings of digits are mixed with 24 drawn voices for training.
+    held-out voice is treated the same. Recordings of digits are mixed with 24 synthetic voices for training.
     """
 
     frames, bands = 48, 12
@@ -686,7 +686,7 @@ class Speech(Task):
         return mel
 
     def features(self, number, rng=None):
-        """(B, frames, 3 bands), zeros first: minus each band's mean, minus the overall mean, and slopes in time."""
+        """(B, frames, 3 bands), zero-padded at the start: minus each band's mean, minus the mean of all, and slopes."""
         x = np.zeros((len(number), self.frames, 3 * self.bands), np.float32)
         for row, i in zip(x, number):
             mel = self.mels[i]
@@ -719,10 +719,10 @@ class Speech(Task):
 
 
 class Speak(Task):
-    """Sound, sample by sample: the next of 256 mu-law codes from all before it, the word, the place in it, the voice.
+    """Sound, sample by sample: predict the next of 256 mu-law codes from those before, the word, the place, the voice.
 
-    The place is encoded by `places` overlapping bells along the word, so that the network learns how each part of a
-    word sounds. Conditioning on the voice keeps the pitch steady. A batch's rows are stretches of `length` samples from
+    The place in the word is encoded by `places` overlapping bells, so that the network learns how each part of a
+    word sounds. Conditioning on the voice keeps the pitch steady. A batch's rows are windows of `length` samples from
     anywhere in a word.
     """
 
@@ -796,7 +796,7 @@ class Gradients(Task):
 
     def __init__(self, args, saved):
         self.args, self.config = args, dict(n_in=1, n_out=1, read="last", loss="mse", radius=1.5)
-        self.about = f"to recall a number after {args.length - 1} steps, new ones in each batch; 256 held out"
+        self.about = f"recall a number after {args.length - 1} steps; new sequences in each batch, 256 held out"
 
     def draw(self, n, *key):
         x = np.random.default_rng((self.args.seed, *key)).uniform(-1, 1, (n, self.args.length, 1)).astype(np.float32)

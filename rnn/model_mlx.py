@@ -39,9 +39,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 class Config:
     cell: str = "lstm"  # rnn, lstm or gru
     impl: str = "by-hand"  # by-hand or builtin
-    vocab_size: int = 0  # tokens that come in, each as an embedding; 0: none
+    vocab_size: int = 0  # number of different input tokens; 0: no tokens
     n_embd: int = 64
-    n_in: int = 0  # numbers that come in at each time, beside the tokens or instead of them
+    n_in: int = 0  # input numbers at each time, beside the tokens or instead of them
     n_hidden: int = 256
     n_layer: int = 1
     n_out: int = 65
@@ -54,7 +54,7 @@ class Config:
 
 
 class Cell(nn.Module):
-    """The parameters that the three have in common, named as in nn.LSTM."""
+    """The parameters that the three cells have in common, named as in nn.LSTM."""
 
     n_gates, n_states = 1, 1
 
@@ -122,11 +122,11 @@ class ByHand(nn.Module):
 
 
 class Builtin(nn.Module):
-    """The framework's own layer. MLX's has one bias, or b and b_n, instead of two: there they are added up."""
+    """The framework's own layer. MLX's has one bias, or b and b_n, instead of two: there the two are added."""
 
     def __init__(self, cell, n_in, n_hidden):
         super().__init__()
-        self.rnn = CELLS[cell](n_in, n_hidden)  # for its parameters; _own is no parameter, as its name starts with _
+        self.rnn = CELLS[cell](n_in, n_hidden)  # for its parameters; _own is not one, as its name starts with _
         self._own = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell](n_in, n_hidden)
 
     def __call__(self, x, state):
@@ -187,8 +187,8 @@ def loss_fn(out, y, loss):
 def state_gradients(model, x):
     """|dh_T/ds_t| for t = 1 ... T, x (T, n_in), s the state (h, or h and c) of the first layer, a by-hand one: (T,).
 
-    The Frobenius norm over sqrt(H), so that dh_T/dh_T has 1. H copies of the sequence run in parallel, and copy k gives
-    the gradient of h_T[k]; a zero is added to each state, and the gradient for that zero is what we want.
+    The Frobenius norm over sqrt(H), so that dh_T/dh_T has norm 1. H copies of the sequence run in parallel, and copy k
+    gives the gradient of h_T[k]: a zero is added to each state, and we want the gradient with respect to that zero.
     """
     cell, H = model.layers[0].rnn, model.config.n_hidden
     a, eye = cell.from_input(x), mx.eye(H)
@@ -337,7 +337,7 @@ class Trainer:
         """One update; returns {"loss", "grad_norm"}, before the update and before clipping.
 
         x and beside as the network takes them, y (B, T) or (B,) int64 classes or (B, n_out) numbers. keep (B,) is 1
-        where a row continues the previous step's, with its state, and 0 where it begins; without it all rows begin.
+        where a row continues that of the previous step and its state, 0 where it begins anew; without keep, all do.
         """
         x, y, keep, beside = self.arrays(x, y, keep, beside)
         self.t += 1
@@ -347,7 +347,7 @@ class Trainer:
         return {"loss": loss, "grad_norm": norm}
 
     def update(self, x, y, beside, state, lr, t):
-        """What step t does to the weights and moments; returns the loss before it, the last state and the norm."""
+        """Update weights and moments, at step t; returns the loss before the update, the last state and the norm."""
 
         def total():
             out, last = self.model(x, state, beside)
@@ -407,7 +407,7 @@ class Trainer:
         return np.array(state_gradients(self.model, mx.array(x)))
 
     def save(self, path, step, **extra):
-        """Weights, moments, state, step, config and what train.py adds, to one .npz: all or nothing."""
+        """Save weights, moments, state, step, config and what train.py adds to one .npz: all or nothing."""
         arrays = get_weights(self.model)
         arrays |= {f"m.{name}": np.array(m) for name, m in self.m.items()}
         arrays |= {f"v.{name}": np.array(v) for name, v in self.v.items()}

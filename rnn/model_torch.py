@@ -38,9 +38,9 @@ torch.backends.cudnn.allow_tf32 = False  # full float32, for convolutions on CUD
 class Config:
     cell: str = "lstm"  # rnn, lstm or gru
     impl: str = "by-hand"  # by-hand or builtin
-    vocab_size: int = 0  # tokens that come in, each as an embedding; 0: none
+    vocab_size: int = 0  # number of different input tokens; 0: no tokens
     n_embd: int = 64
-    n_in: int = 0  # numbers that come in at each time, beside the tokens or instead of them
+    n_in: int = 0  # input numbers at each time, beside the tokens or instead of them
     n_hidden: int = 256
     n_layer: int = 1
     n_out: int = 65
@@ -53,7 +53,7 @@ class Config:
 
 
 class Cell(nn.Module):
-    """The parameters that the three have in common, named as in nn.LSTM."""
+    """The parameters that the three cells have in common, named as in nn.LSTM."""
 
     n_gates, n_states = 1, 1
 
@@ -121,7 +121,7 @@ class ByHand(nn.Module):
 
 
 class Builtin(nn.Module):
-    """The framework's own layer. MLX's has one bias, or b and b_n, instead of two: there they are added up."""
+    """The framework's own layer. MLX's has one bias, or b and b_n, instead of two: there the two are added."""
 
     def __init__(self, cell, n_in, n_hidden):
         super().__init__()
@@ -177,8 +177,8 @@ def loss_fn(out, y, loss):
 def state_gradients(model, x):
     """|dh_T/ds_t| for t = 1 ... T, x (T, n_in), s the state (h, or h and c) of the first layer, a by-hand one: (T,).
 
-    The Frobenius norm over sqrt(H), so that dh_T/dh_T has 1. H copies of the sequence run in parallel, and copy k gives
-    the gradient of h_T[k]; a zero is added to each state, and the gradient for that zero is what we want.
+    The Frobenius norm over sqrt(H), so that dh_T/dh_T has norm 1. H copies of the sequence run in parallel, and copy k
+    gives the gradient of h_T[k]: a zero is added to each state, and we want the gradient with respect to that zero.
     """
     cell, H = model.layers[0].rnn, model.config.n_hidden
     a, eye = cell.from_input(x), torch.eye(H, device=x.device)
@@ -319,14 +319,14 @@ class Trainer:
         for ids, n in ((x, self.config.vocab_size), (y, self.config.n_out)):
             if ids.dtype == np.int64 and not 0 <= ids.min() <= ids.max() < n:
                 raise ValueError(f"a token or a label is outside 0 ... {n - 1}")
-        go_on = self.device == "cuda"  # which copies while the host prepares what comes next
+        go_on = self.device == "cuda"  # it copies while the host prepares what comes next
         return [a if a is None else torch.from_numpy(a).to(self.device, non_blocking=go_on) for a in (x, y, *more)]
 
     def step(self, x, y, keep=None, beside=None, *, lr):
         """One update; returns {"loss", "grad_norm"}, before the update and before clipping.
 
         x and beside as the network takes them, y (B, T) or (B,) int64 classes or (B, n_out) numbers. keep (B,) is 1
-        where a row continues the previous step's, with its state, and 0 where it begins; without it all rows begin.
+        where a row continues that of the previous step and its state, 0 where it begins anew; without keep, all do.
         """
         x, y, keep, beside = self.arrays(x, y, keep, beside)
         self.t += 1
@@ -335,7 +335,7 @@ class Trainer:
         return {"loss": loss, "grad_norm": norm}
 
     def update(self, x, y, beside, state, lr, t):
-        """What step t does to the weights and moments; returns the loss before it, the last state and the norm."""
+        """Update weights and moments, at step t; returns the loss before the update, the last state and the norm."""
         self.model.zero_grad()
         out, last = self.model(x, state, beside)
         loss = loss_fn(out, y, self.config.loss)
@@ -392,7 +392,7 @@ class Trainer:
         return state_gradients(self.model, torch.from_numpy(x).to(self.device)).cpu().numpy()
 
     def save(self, path, step, **extra):
-        """Weights, moments, state, step, config and what train.py adds, to one .npz: all or nothing."""
+        """Save weights, moments, state, step, config and what train.py adds to one .npz: all or nothing."""
         arrays = get_weights(self.model)
         arrays |= {f"m.{name}": m.cpu().numpy() for name, m in self.m.items()}
         arrays |= {f"v.{name}": v.cpu().numpy() for name, v in self.v.items()}
