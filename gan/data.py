@@ -1,4 +1,4 @@
-"""The tasks: images like those of a dataset, and a game in one dimension, whose best moves are known.
+"""The tasks: images like those of a dataset, and a one-dimensional game whose best discriminator is known.
 
 One class per task, all in numpy. To add a task, write one more class and add it to TASKS at the end.
 """
@@ -337,7 +337,7 @@ def in_parts(function, x, n=1000):
 
 
 class Judge:
-    """Classifies images (N, H, W, C) uint8: fixed filters cut out of its images, then two trained layers.
+    """Classifies images (N, H, W, C) uint8: fixed filters cut out of training images, then two trained layers.
 
     Trained on at most 10,000 images x of the classes y, with a fixed seed, so that it is the same in all runs. If there
     is only one class, nothing is trained, and its features are random sums of the filters' responses.
@@ -405,7 +405,7 @@ def frechet(a, b):
 # ---- the game in one dimension: densities on a grid, so that the best discriminator and all integrals are known ------
 
 GRID = (np.arange(100) + 0.5) / 50 - 1  # the midpoints of 100 bins of [-1, 1]
-PARTS = np.array([(0.4, -0.5, 0.12), (0.6, 0.35, 0.18)])  # the data, p: normal distributions; share, mean, deviation
+PARTS = np.array([(0.4, -0.5, 0.12), (0.6, 0.35, 0.18)])  # the data, p: a mixture of normals; weight, mean, std
 P = sum(share * np.exp(-((GRID - mean) ** 2) / (2 * std**2)) / std for share, mean, std in PARTS)
 P /= P.sum()  # the probability of each bin
 
@@ -512,7 +512,7 @@ def draw_game(looks):
 
 
 class Game(Task):
-    """What the tasks share: the data for a step, and looks at the players' progress, {step: array}."""
+    """What the tasks share: the data for a step, and looks, snapshots of the two players, {step: array}."""
 
     def __init__(self, args):
         self.args, self.looks = args, {}
@@ -537,12 +537,12 @@ class Game(Task):
                 self.write_looks(f)
             part.replace(file)
         except OSError as error:
-            fail(f"{file} could not be written ({error.strerror}): make room there; an earlier one is kept")
+            fail(f"{file} could not be written ({error.strerror}): make room there; the earlier one is kept")
         finally:
             part.unlink(missing_ok=True)
 
     def recall(self):
-        """The looks of the run that is resumed."""
+        """Read the looks of the run that is resumed."""
         try:
             self.looks = self.read_looks(self.args.out / self.file)
         except Exception:  # there are none, or they are damaged, or the images have another size
@@ -611,7 +611,7 @@ class Pictures(Game):
         figures = {name: float(x) for name, x in trainer.evaluate(self.test[: len(z)], z).items()}
         if figures["value"] > -0.2 and self.args.loss != "wgan-gp" and not self.won:
             self.won = True
-            print("the discriminator has won: D(x) and 1 - D(G(z)) are 0.9 and more; if G stops learning, lower --d-lr "
+            print("the discriminator has won: D(x) and 1 - D(G(z)) are 0.9 or more; if G stops learning, lower --d-lr "
                   "or try --smoothing 0.1 or --loss wgan-gp")  # fmt: skip
         made = in_parts(trainer.generate, z, 250)
         self.made = pixels(made / 2 + 0.5)
@@ -635,7 +635,7 @@ class Pictures(Game):
         def make(z):
             return in_parts(trainer.generate, z, 250) / 2 + 0.5
 
-        angle = np.linspace(0, np.pi / 2, 12, dtype=np.float32)[:, None]  # on the arc each z is as likely as its ends
+        angle = np.linspace(0, np.pi / 2, 12, dtype=np.float32)[:, None]  # along an arc each z is as likely as the ends
         ends = self.z[12:16].reshape(2, 2, -1)
         walks = np.concatenate([np.cos(angle) * a + np.sin(angle) * b for a, b in ends])
         rows = {f"the same twelve z, step {step}": x for step, x in some_of(self.looks, 6).items()}

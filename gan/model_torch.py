@@ -17,7 +17,7 @@ The critic maximises E[s(x)] - E[s(G(z))] - penalty E[(|grad s(y)| - 1)^2], y = 
 all s with slopes of 1 or less, the largest difference is the Wasserstein distance: it falls as q approaches p.
 
 Where pictures have classes, the two play one such game per class: z ends in the class c, one-hot, and D has one output
-s per class, of which the one for c counts. G need not find out which classes there are, and D judges a 7 as a 7.
+s per class, of which the one for c counts. G need not discover the classes, and D judges a 7 as a 7.
 
 Goodfellow et al. 2014, "Generative adversarial nets"; Radford et al. 2016, DCGAN; Gulrajani et al. 2017, WGAN-GP;
 Mirza and Osindero 2014, classes; Odena et al. 2016, checkerboards; Salimans et al. 2016, label smoothing; Heusel et al.
@@ -54,9 +54,9 @@ class Config:
 
 
 class Up(nn.Conv2d):
-    """Each pixel four times, then a 3x3 convolution: twice as high and as wide, without a checkerboard.
+    """Nearest-neighbour upsampling, then a 3x3 convolution: twice as high and as wide, without a checkerboard.
 
-    A transposed convolution with a stride makes odd and even pixels from different weights, and it shows.
+    A transposed convolution with a stride makes odd and even pixels with different weights, and it shows.
     """
 
     def __init__(self, n, m, bias=True):
@@ -281,7 +281,7 @@ class Trainer:
         return {"loss": loss, "g_loss": g_loss, "D(x)": real, "D(G(z))": s}
 
     def play(self, x, z, u, lr, ema):
-        """What a step does to both players and the average of G, which keeps the share ema; returns step's figures."""
+        """Update both players, and the average of G with decay ema; returns the figures of step."""
         for x_i, z_i, u_i in zip(x, z, u):
             with torch.no_grad():
                 fake = self.model.generator(z_i)
@@ -327,7 +327,7 @@ class Trainer:
         return self.average(*self.arrays(z)).cpu().numpy()
 
     def save(self, path, step, **extra):
-        """Weights, average, moments, step, config and what train.py adds, to one .npz: all or nothing."""
+        """Save weights, average, moments, step, config and what train.py adds to one .npz: all or nothing."""
         arrays, m, v = get_weights(self.model), {}, {}
         arrays |= {f"average.{name}": a for name, a in get_weights(self.average).items()}
         for name, p in self.model.named_parameters():
