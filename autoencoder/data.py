@@ -374,7 +374,7 @@ def unpack(data, latent):
 def rival(form, x, size):
     """The images x after JPEG or WebP, at the lowest quality that takes `size` bytes or more; and how many it takes.
 
-    They all go into one file, as one sheet, so that the header counts once and not for each image.
+    They all go into one file, as one sheet, so that there is one header and not one per image.
     """
     N, H, W, C = x.shape
     columns = math.isqrt(N - 1) + 1
@@ -482,10 +482,10 @@ class Generate(Pictures):
     """A generative model of the images."""
 
     def show(self, trainer):
-        """Reconstructions, samples, walks from one picture to another; with two latents also their map.
+        """Reconstructions, samples, interpolations; with two latents, a map of them, too.
 
         The KL pulls the pictures' z towards N(0, I), but only slowly where the pixels weigh much more. So samples come
-        from the normal distribution fitted to these z (Ghosh et al. 2020), which is N(0, I) once the KL has its way.
+        from a normal distribution fitted to these z (Ghosh et al. 2020), which becomes N(0, I) in the end.
         """
         test, n = self.test, self.args.latent
         first = np.unique(self.labels, return_index=True)[1][:5]  # one of each label; or else training pictures

@@ -8,8 +8,8 @@ An autoencoder squeezes x through a few numbers z and back. Trained on noisy x w
 A VAE is a model of images: z ~ N(0, I), then x ~ p(x|z), which is one of
     bernoulli    log p(x|z) = sum over pixels of x log sigmoid(s) + (1 - x) log(1 - sigmoid(s))
     gaussian     log p(x|z) = sum over pixels of -(x - sigmoid(s))^2 / (2 std^2) - log(std sqrt(2 pi))
-A grey x under bernoulli stands for all black-and-white images in which each pixel is white with probability x: log p is
-the mean of theirs. So the bound below is one for these images, seen through their grey mean.
+With bernoulli, a grey x stands for all black-and-white images in which each pixel is white with probability x: log p is
+the mean of theirs. So the bound below holds for that mean; the encoder sees only x.
 
 log p(x) is an integral over all z. The encoder's q(z|x) = N(mu, sigma^2), sigma^2 = e^logvar, covers the z that matter;
 the logarithm is concave (Jensen), so a mean of logarithms is a lower bound, the evidence lower bound (ELBO):
@@ -195,7 +195,7 @@ def set_weights(model, weights):
 
 
 def init_weights(model, seed):
-    """Biases 0; weights N(0, 2/n_in), n_in inputs per output (He et al. 2015), a tenth of it for mu and logvar."""
+    """Biases 0; weights N(0, 2/n_in), n_in inputs per output (He et al. 2015), a tenth as large for mu and logvar."""
     rng, weights = np.random.default_rng(seed), get_weights(model)
     for name, w in sorted(weights.items()):
         if name.endswith("weight"):
@@ -237,7 +237,7 @@ class Trainer:
         return {"loss": loss}
 
     def update(self, x, y, eps):
-        """What a step does to the weights and the optimizer's state; returns the loss before it."""
+        """Update the weights and the optimizer's state; returns the loss before the update."""
         self.optimizer.zero_grad()
         nll, kl = loss_fn(self.model, x, y, eps)
         loss = nll + self.config.beta * kl

@@ -59,7 +59,7 @@ def read_args():
         add("--data", default="digits", help="digits, flowers, mnist or a folder of images"),
         add("--count", type=within("[100, inf)", int), default=10000, help="digits or flowers; a fifth more held out"),
         add("--size", type=within("[8, 4096]", int), default=32, help="height and width of flowers or a folder"),
-        add("--net", choices=["linear", "conv"], help="the layers; without: conv for flowers and folders"),
+        add("--net", choices=["linear", "conv"], help="the layers (default: conv for flowers and folders)"),
         add("--hidden", type=within("[1, 65536]", int), nargs="+", help="widths of the layers; conv: channels"),
         add("--latent", type=within("[1, 65536]", int), help="size of the latent vector; 2 draws a map"),
         add("--likelihood", choices=["bernoulli", "gaussian"], help="of the pixels, given z"),
