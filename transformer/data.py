@@ -237,11 +237,11 @@ def read_lines(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
-        fail(f"{path} can't be read as text ({error}): name numbers, multi30k or a file in UTF-8")
+        fail(f"{path} can't be read as text ({error}): --data takes numbers, multi30k or a file in UTF-8")
 
 
 def load_pairs(data, least):
-    """Pairs of sentences to train on, held-out pairs, and the pairs to test a model on that was trained on other data.
+    """Pairs of sentences to train on, held-out pairs, and the pairs that test a model trained on other data.
 
     They come from multi30k, or from a file with one pair per line and a tab between the two.
     """
@@ -268,7 +268,7 @@ def load_pairs(data, least):
 
 
 class Symbols:
-    """Each symbol is a token: the words of a sentence, where `blank` joins them, or its characters."""
+    """Each symbol is a token: a word if `blank` is the space that joins them, a character if it is empty."""
 
     def __init__(self, symbols, blank):
         self.symbols, self.blank, self.vocab_size = symbols, blank, 3 + len(symbols)
@@ -626,7 +626,7 @@ class Sentences:
 
 
 class Translate(Task):
-    """Sentences into another language."""
+    """Translate sentences into another language."""
 
     def __init__(self, args, saved):
         self.args = args
@@ -676,7 +676,7 @@ class Translate(Task):
 def refuse(args, *sets):
     """End the run if it asks for something that a task with images does not have."""
     if args.data not in sets:
-        fail(f"--data {args.data}: {args.task} has {' and '.join(sets)}")
+        fail(f"--data {args.data}: --task {args.task} takes {' or '.join(sets)}")
     if args.prompt is not None:
         fail("--prompt goes with --task translate")
 

@@ -6,7 +6,7 @@
 
 Attention: a query q weights every position s by how well its key k_s matches, and returns the mean of the values v_s:
     y = sum_s p_s v_s        p = softmax(a)        a_s = q . k_s / sqrt(d)
-q . k_s is a sum of d products: the root keeps it from growing with d, where the softmax would have no gradient.
+q . k_s, a sum of d products, grows with d; dividing by sqrt(d) keeps it where the softmax has a gradient.
 Backward pass, with dy the gradient of y:
     y = sum_s p_s v_s             gives    dv_s = p_s dy        dp_s = dy . v_s
     p_s = e^a_s / sum_r e^a_r     gives    dp_s / da_r = p_s ([s = r] - p_r),  so that da_s = p_s (dp_s - p . dp)
@@ -99,7 +99,7 @@ class MultiHeadAttention(nn.Module):
         return self.heads(self.k(x)), self.heads(self.v(x))
 
     def __call__(self, x, kv, mask):
-        """The queries of x (B, T, C) look at kv -> (B, T, C), where the mask, of a shape like (B, h, T, S), is True."""
+        """The queries of x (B, T, C) attend to kv where the mask, broadcast to (B, h, T, S), is True -> (B, T, C)."""
         q, (k, v) = self.heads(self.q(x)), kv
         if self.by_hand:  # the same, but keeps p for inspection
             y, self._p = attention(q, k, v, mask)
@@ -129,7 +129,7 @@ class EncoderBlock(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def add(self, x, norm, f):
-        """Add f(x) to x. With the norm before f, there is a path past all the layers without a norm."""
+        """Add f(x) to x. With the norm before f, the path from x to x + f(x) has no norm in it."""
         return x + self.drop(f(norm(x))) if self.pre else norm(x + self.drop(f(x)))
 
     def __call__(self, x, mask):
@@ -267,7 +267,7 @@ class Seq2Seq(nn.Module):
 
 
 class BuiltinSeq2Seq(nn.Module):
-    """The same on the framework's own nn.Transformer, with the weights of a Seq2Seq: it gives the same logits."""
+    """The same model as the framework's nn.Transformer, with the weights of a Seq2Seq: it gives the same logits."""
 
     def __init__(self, model):
         super().__init__()
@@ -375,11 +375,11 @@ def unit(x):
 
 
 def translate(model, src, beam=4, alpha=1.4, length=64):
-    """The likeliest sentence for each row of src (B, S), as lists of tokens, by beam search; a beam of 1 is greedy.
+    """The most likely sentence for each row of src (B, S), as lists of tokens, by beam search; a beam of 1 is greedy.
 
-    The `beam` best beginnings of each sentence are kept. As every token costs, sentences of n tokens are compared by
+    The `beam` best beginnings of each sentence are kept. As each token lowers log p, n tokens are compared by
     log p / ((5 + n) / 6)^alpha (Wu et al. 2016); 1.4 was the best of 0.6, 1.0 and 1.4 on multi30k's validation part.
-    All of it but the model is numpy.
+    Everything but the model is numpy.
     """
     B, rows = len(src), np.arange(len(src)).repeat(beam)
     memory, mask = (a[mx.array(rows)] for a in model.encoder(src))
@@ -467,7 +467,7 @@ def set_weights(model, weights):
 
 
 def init_weights(model, seed):
-    """Embeddings N(0, 0.02^2); matrices N(0, 1/n_in), over sqrt(2 n_layer) if they add to x; norms 1, biases 0."""
+    """Embeddings N(0, 0.02^2); matrices N(0, 1/n_in), divided by sqrt(2 n_layer) if added to x; norms 1, biases 0."""
     rng, weights = np.random.default_rng(seed), get_weights(model)
     for name, w in sorted(weights.items()):
         if w.ndim == 2:
@@ -528,7 +528,7 @@ class Trainer:
         return {"loss": loss}
 
     def update(self, arrays, lr, t, keep):
-        """What step t does to weights, moments and average, which keeps the share `keep`; returns the loss."""
+        """Update weights and moments, at step t, and the average with decay `keep`; returns the loss."""
         (loss, _), grads = nn.value_and_grad(self.model, self.model.loss)(*arrays)
         grads, _ = optim.clip_grad_norm(grads, 1.0)
         grads, params = dict(tree_flatten(grads)), dict(tree_flatten(self.model.parameters()))

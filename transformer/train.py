@@ -63,7 +63,7 @@ def read_args():
         add("--norm", choices=["pre", "post"], default="pre", help="layer norm before each branch, or after the sum"),
         add("--positions", choices=["sinusoidal", "learned"], default="sinusoidal", help="how positions are encoded"),
         add("--patch", type=within("[1, 4096]", int), default=4, help="height and width of an image's patches"),
-        add("--merges", type=within("[0, inf)", int), default=4000, help="byte pairs to learn from a file of pairs"),
+        add("--merges", type=within("[0, inf)", int), default=4000, help="byte-pair merges to learn from a file"),
         add("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: for blocks' matrices, else adamw"),
     ]
     add = parser.add_argument_group("saved too; may change when resuming").add_argument
