@@ -339,7 +339,7 @@ def spell(tokenizer, token):
 
 
 def on_disk(name):
-    """The path of data not to be read at once (a large text, a .bin of tokens, a folder with train.bin), or None."""
+    """The path of data that is read in parts (a large text, a .bin of tokens, a folder with train.bin), or None."""
     tokens = str(name).endswith(".bin") or os.path.exists(f"{name}/train.bin")
     return Path(name) if tokens or os.path.isfile(str(name)) and os.path.getsize(name) > LARGE else None
 
@@ -353,7 +353,7 @@ def cut_at(path):
 
 
 def pieces(path, start, end):
-    """Yield the text in bytes start to end of a file, cut before a space between words, where any tokenizer cuts."""
+    """Yield bytes start to end of a text in pieces, cut before a space between words, where any tokenizer splits."""
     utf8, text = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), True), ""
     with open(path, "rb") as f:
         f.seek(start)
@@ -410,12 +410,12 @@ def tokenize(path, tokenizer, known, readable):
                 shutil.rmtree(part, ignore_errors=True)
                 lock.unlink(missing_ok=True)
     except OSError as error:
-        fail(f"{folder} could not be written, the tokens of {path} ({error.strerror or error}): make room there")
+        fail(f"{folder} could not be written for the tokens of {path} ({error.strerror or error}): make room there")
     return folder
 
 
 def width(tokenizer):
-    """The type of a token in a file: nanoGPT's, or for more than 65,536 tokens one of four bytes."""
+    """The dtype of tokens in a file: uint16, as in nanoGPT, or uint32 if there are more than 65,536 different ones."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
 
 
@@ -434,7 +434,7 @@ class TokenFile:
         return self.span.stop - self.span.start
 
     def __getitem__(self, places):
-        """int64, of the shape of `places`. A map brings up to 1 MB around each place into memory, until it is gone."""
+        """int64, of the shape of `places`. In parts: a memmap holds up to 1 MB of memory per place until closed."""
         parts = np.array_split(places, math.ceil(len(places) / 64))
         parts = [np.memmap(self.file, self.dtype, "r")[self.span][part] for part in parts]
         ids = np.array(np.concatenate(parts), np.int64)
@@ -497,7 +497,7 @@ def load_gpt2(folder):
             weights[name] = w.T.copy() if name.endswith(CONV1D) else w
     c, there = meta["config"], sum(w.size for w in weights.values())
     if there < c["n_embd"] * (12 * c["n_layer"] * c["n_embd"] + c["vocab_size"] + c["block_size"]):
-        fail(f"{folder} lacks weights, it has {there:,} numbers, too few for its config.json: download it again")
+        fail(f"{folder} lacks weights: {there:,} numbers are too few for its config.json; download it again")
     return meta, weights
 
 
@@ -545,7 +545,7 @@ def export_gpt2(folder, meta, weights):
 
 
 def load_messages(path):
-    """The dialogues of a file with JSON in each line: {"messages": [{"role": "user", "content": "..."}, ...]}."""
+    """Read dialogues, one JSON object per line: {"messages": [{"role": "user", "content": "..."}, ...]}."""
     try:
         lines = filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n"))
         dialogues = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines]
@@ -560,7 +560,7 @@ def load_messages(path):
 
 
 def draw_sum(rng, held_out=False):
-    """A sum or difference of numbers below fifty: question, answer, result; a tenth of all is held out.
+    """A sum or difference of numbers below fifty: question, answer, result; a tenth of them is held out.
 
     The answer shows the steps, tens before ones, 17+20=37+5=42: each step is easier to learn than the whole.
     """
@@ -576,7 +576,7 @@ def draw_sum(rng, held_out=False):
 
 
 def draw_dialogue(rng):
-    """One to three questions with answers: half of them sums; opposites, spelling and small talk."""
+    """One to three questions with answers: half of them sums, the rest opposites, spelling and small talk."""
     pairs = [pair.split() for pair in OPPOSITES.split(", ")]
     messages = []
     for kind in rng.integers(0, 6, rng.integers(1, 4)):
@@ -720,7 +720,7 @@ class Writing(Task):
             fail(f"--batch-size must be {least} or more: a row for each process and part")
         args.stop = args.stop or []
         if "" in args.stop:
-            fail("--stop must be a text")
+            fail("--stop must not be empty")
         if args.export_hf:
             try:
                 args.export_hf.mkdir(parents=True, exist_ok=True)
@@ -730,7 +730,7 @@ class Writing(Task):
                 fail(f"--export-hf {args.export_hf} holds another model: name an empty folder")
         if args.chat or args.prompt == "-":
             if args.world > 1:
-                fail("--chat and --prompt - are for one process: leave them to a later run")
+                fail("--chat and --prompt - are for one process: leave them for a later run")
             if sys.stdin is None:
                 fail("--chat and --prompt - read the standard input, which is closed: leave them out")
             sys.stdin.reconfigure(encoding="utf-8", errors="replace")
@@ -818,7 +818,7 @@ class Writing(Task):
 
 
 class Text(Writing):
-    """Continue a text: random windows of it; the last tenth of it is held out."""
+    """Continue a text: train on random windows of it. The last tenth is held out."""
 
     def __init__(self, args, saved):
         if args.chat:
@@ -867,7 +867,7 @@ class Text(Writing):
         starts, total = np.arange(0, len(self.val) - self.args.block_size, self.args.block_size), 0.0
         most = max(64, MEASURED // self.args.block_size) if whole else 64  # 64 are enough for the log
         starts = starts[:: math.ceil(len(starts) / most)]
-        rows = max(1, min(32, 2**26 // self.args.block_size // self.tokenizer.vocab_size))  # no more logits than fit
+        rows = max(1, min(32, 2**26 // self.args.block_size // self.tokenizer.vocab_size))  # to save memory
         for at in np.array_split(starts, math.ceil(len(starts) / rows)):
             total += float(trainer.evaluate(*self.windows(self.val, at))["val_loss"]) * len(at)
         return {"val_loss": total / len(starts)}
@@ -900,7 +900,7 @@ class Chat(Writing):
                 self.prompts.append((f"you: {question}\ngpt: ", self.check(ids)))
 
     def rows(self, dialogues, rng, n):
-        """x, y and weights (n, T): one dialogue per row, cut to the context; only the assistant's tokens weigh."""
+        """x, y and weights (n, T): one dialogue per row, cut to the context; only the assistant's tokens count."""
         drawn = [np.stack(render(self.tokenizer, dialogues[i])) for i in rng.integers(0, len(dialogues), n)]
         T = min(self.args.block_size, max(dialogue.shape[1] for dialogue in drawn) - 1)
         ids, own = both = np.zeros((2, n, T + 1), np.int64)
@@ -926,7 +926,7 @@ class Reward(Chat):
         J = E[r(y)] - beta KL(p || ref) = E[r(y) - beta log p(y)/ref(y)]
     As grad p = p grad log p, and E[grad log p(y)] = grad sum_y p(y) = grad 1 = 0,
         grad J = E[(r(y) - beta log p(y)/ref(y) - b) grad log p(y)]     for any b that does not depend on y
-    and the variance is small if b is near the terms before it in the bracket: the mean of the group's other answers.
+    and the variance is small if b is near the terms before it, so b is their mean over the group's other answers.
     So the loss is a weighted sum of -log p of the tokens, and that is all that Trainer.step has to know.
 
     The paper also divides by the group's standard deviation and by the answer's length, which would bias this estimate

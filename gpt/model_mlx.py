@@ -116,7 +116,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
 
     def __call__(self, idx, cache=None):
-        """idx (B, T) -> logits (B, T, V). With a cache, idx continues it, and only the last logits come: (B, 1, V)."""
+        """idx (B, T) -> logits (B, T, V). With a cache, which idx continues, only the last logits: (B, 1, V)."""
         start = cache.length if cache is not None else 0
         x = self.drop(self.wte(idx) + self.wpe.weight[start : start + idx.shape[1]])  # (B, T, C)
         for layer, block in enumerate(self.h):
@@ -139,7 +139,7 @@ def loss_fn(logits, targets, weights=None):
 
 
 class BuiltinGPT(nn.Module):
-    """The same on the framework's own layers, with the weights of a GPT: it gives the same logits.
+    """The same model from the framework's own layers, with the weights of a GPT: it gives the same logits.
 
     A GPT is called a decoder, yet its layers are those of nn.TransformerEncoder: a layer of nn.TransformerDecoder also
     attends to the output of an encoder, and there is no encoder here. Only the mask makes it a decoder: no position
@@ -191,7 +191,7 @@ def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
     """Continue the prompt idx (B, T): yields the tokens (B,) for each row of u (n, B), uniform from [0, 1).
 
     The prompt is read in one pass, then one token at a time with the cache. Positions are learned, so a full cache
-    can't slide: the later half of the context is then read again, as positions 0, 1, ...
+    can't slide: the second half of the context is then read again, as positions 0, 1, ...
     """
     block_size, top_k = model.config.block_size, top_k or model.config.vocab_size
     cache = KVCache(model, idx.shape[0])
@@ -206,7 +206,7 @@ def generate(model, idx, u, temperature=1.0, top_k=None, top_p=1.0):
 
 
 def beam_search(model, idx, n, beam):
-    """About the most likely n tokens (n,) after the prompt idx (1, T): at each length the `beam` best are kept."""
+    """Roughly the most likely n tokens (n,) after the prompt idx (1, T): at each length the `beam` best are kept."""
     cache, V = KVCache(model, beam), model.config.vocab_size
     new, tokens = mx.repeat(idx, beam, axis=0), mx.zeros((beam, 0), idx.dtype)
     logp = mx.array([0.0] + [-math.inf] * (beam - 1))[:, None]  # at first one candidate
@@ -298,7 +298,7 @@ def join():
 
 
 def agree(flag):
-    """Whether the flag is set in any process. All must call this, and each waits for the last."""
+    """Whether the flag is set in any process. All processes must call this, and each waits for the others."""
     return mx.distributed.all_sum(mx.array(float(flag))).item() > 0
 
 

@@ -4,8 +4,8 @@
 # ///
 """Train a GPT and generate text:  python train.py [--backend mlx] [--data tinyshakespeare] [--tokenizer bpe] ...
 
---task text continues a text: tinyshakespeare, your own file of any size, or Python's manual, which every Python has
-(tokens of more than 16 MB are kept in files beside it; nanoGPT's train.bin and val.bin, or the folder of both, do too);
+--task text continues a text: tinyshakespeare, Python's manual, which every Python has, or your own file of any size
+(above 16 MB its tokens are kept in files beside it); nanoGPT's train.bin and val.bin, or their folder, work, too;
 --task chat answers questions: sums, opposites and small talk, or your own dialogues;
 --task rl --init out/chat/ckpt.npz makes such a model better at sums, by reinforcement learning.
 --init starts from other weights: a ckpt.npz, or GPT-2 in Hugging Face's format; --export-hf writes that format.
@@ -66,11 +66,11 @@ def read_args():
     add = parser.add_argument_group("saved in the checkpoint; fixed when resuming").add_argument
     fixed = [
         add("--task", choices=TASKS, default="text", help="what to train"),
-        add("--data", help="tinyshakespeare, a text, tokens (.bin); chat: a .jsonl of messages (without: embedded)"),
+        add("--data", help="tinyshakespeare, a text, tokens (.bin); chat: a .jsonl of messages (default: built-in)"),
         add("--init", help="start from the weights of a ckpt.npz or a GPT-2 folder"),
         add("--tokenizer", dest="kind", choices=["chars", "bpe", "gpt2"], help="bpe: learned here (default: chars)"),
-        add("--merges", type=within("[0, inf)", int), default=1000, help="of --tokenizer bpe"),
-        add("--size", choices=GPT2, help="instead of the next three"),
+        add("--merges", type=within("[0, inf)", int), default=1000, help="how many, for --tokenizer bpe"),
+        add("--size", choices=GPT2, help="of GPT-2; instead of the next three flags"),
         add("--n-layer", type=within("[1, 1000]", int), help="number of blocks"),
         add("--n-head", type=within("[1, 1000]", int), help="attention heads: a divisor of --n-embd"),
         add("--n-embd", type=within("[1, 65536]", int), help="width of the residual stream"),

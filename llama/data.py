@@ -401,7 +401,7 @@ class Characters:
 
 
 def load_messages(path):
-    """The dialogues of a file with JSON in each line: {"messages": [{"role": "user", "content": "..."}, ...]}."""
+    """Read dialogues, one JSON object per line: {"messages": [{"role": "user", "content": "..."}, ...]}."""
     try:
         lines = filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n"))
         dialogues = [[(m["role"], m["content"]) for m in json.loads(line)["messages"]] for line in lines]
@@ -435,7 +435,7 @@ def read_tokenizer(folder):
         kinds = [step["type"] for step in steps]
         if t["normalizer"] or kinds not in (["ByteLevel"], ["Digits", "ByteLevel"], ["Split", "ByteLevel"]):
             fail(f"{file} is not byte-level BPE as in SmolLM2 and Llama 3, the only kind that is supported")
-        if kinds[0] == "Digits":  # each digit by itself; to the spaces before it, it is like the end of the text
+        if kinds[0] == "Digits":  # each digit by itself; spaces before it are split as at the end of a text
             pattern = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
         if kinds[0] == "Split":
             pattern = steps[0]["pattern"]["Regex"]
@@ -484,7 +484,7 @@ class Tokens:
         return self.bytes.get(token, b"")
 
     def dialogue(self, messages):
-        """The tokens of [(role, text)] in the model's chat template, open if it is its turn; which are its own."""
+        """The tokens of [(role, text)] in the chat template, open if it is the model's turn; which are the model's."""
         form = next((form for key, form in TEMPLATES.items() if key in self.special), None)
         if not form:
             fail("this model's tokens are neither ChatML's nor Llama 3's, so it can't chat: give it a --prompt")
@@ -503,7 +503,7 @@ class Tokens:
 
 
 def on_disk(name):
-    """The path of data not to be read at once (a large text, a .bin of tokens, a folder with train.bin), or None."""
+    """The path of data that is read in parts (a large text, a .bin of tokens, a folder with train.bin), or None."""
     tokens = str(name).endswith(".bin") or os.path.exists(f"{name}/train.bin")
     return Path(name) if tokens or os.path.isfile(str(name)) and os.path.getsize(name) > LARGE else None
 
@@ -517,7 +517,7 @@ def cut_at(path):
 
 
 def pieces(path, start, end):
-    """Yield the text in bytes start to end of a file, cut before a space between words, where any tokenizer cuts."""
+    """Yield bytes start to end of a text in pieces, cut before a space between words, where any tokenizer splits."""
     utf8, text = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), True), ""
     with open(path, "rb") as f:
         f.seek(start)
@@ -574,12 +574,12 @@ def tokenize(path, tokenizer, known, readable):
                 shutil.rmtree(part, ignore_errors=True)
                 lock.unlink(missing_ok=True)
     except OSError as error:
-        fail(f"{folder} could not be written, the tokens of {path} ({error.strerror or error}): make room there")
+        fail(f"{folder} could not be written for the tokens of {path} ({error.strerror or error}): make room there")
     return folder
 
 
 def width(tokenizer):
-    """The type of a token in a file: nanoGPT's, or for more than 65,536 tokens one of four bytes."""
+    """The dtype of tokens in a file: uint16, as in nanoGPT, or uint32 if there are more than 65,536 different ones."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
 
 
@@ -598,7 +598,7 @@ class TokenFile:
         return self.span.stop - self.span.start
 
     def __getitem__(self, places):
-        """int64, of the shape of `places`. A map brings up to 1 MB around each place into memory, until it is gone."""
+        """int64, of the shape of `places`. In parts: a memmap holds up to 1 MB of memory per place until closed."""
         parts = np.array_split(places, math.ceil(len(places) / 64))
         parts = [np.memmap(self.file, self.dtype, "r")[self.span][part] for part in parts]
         ids = np.array(np.concatenate(parts), np.int64)
@@ -638,7 +638,7 @@ def together(step, agree):
 
 
 class Text(Task):
-    """Continue a text: random windows of it. The last tenth of the text is held out.
+    """Continue a text: train on random windows of it. The last tenth is held out.
 
     `train` and `val` are rows of tokens; `starts` says where in `val` windows of T + 1 begin.
     """
@@ -678,7 +678,7 @@ class Text(Task):
         if args.chat and not self.folder:
             fail("--chat needs a model that can chat: name its folder with --init")
         if args.world > 1 and (args.chat or args.prompt == "-" or args.bits < 32 and args.backend == "torch"):
-            fail("--chat, --prompt - and, with torch, --bits 8 and 4 are for one process: leave them to a later run")
+            fail("--chat, --prompt - and, with torch, --bits 8 and 4 are for one process: leave them for a later run")
         if args.export_hf and args.window:
             fail("--export-hf writes a format without --window: leave one of them out")
         if args.export_hf and args.export_hf.exists() and (args.export_hf.is_file() or os.listdir(args.export_hf)):
@@ -794,7 +794,7 @@ class Text(Task):
 
     def measure(self, trainer, starts, T):
         """{"val_loss", "perplexity"} of the windows of T tokens that begin at `starts`."""
-        total, n, rows = 0.0, 0, max(1, min(32, 2**26 // T // trainer.config.vocab_size))  # no more logits than fit
+        total, n, rows = 0.0, 0, max(1, min(32, 2**26 // T // trainer.config.vocab_size))  # to save memory
         starts = starts[:: math.ceil(len(starts) / max(64, MEASURED // T))]
         for at in np.array_split(starts, math.ceil(len(starts) / rows)):
             x, y = self.held_out(at, T)

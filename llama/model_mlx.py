@@ -46,11 +46,11 @@ class Config:
     rope_theta: float = 10000.0
     rope: str = "default"  # default, linear or llama3: how rotation is slowed for texts longer than in training
     rope_factor: float = 1.0
-    rope_low: float = 1.0  # llama3: slowed are the pairs that turn less often than this in rope_context positions,
-    rope_high: float = 4.0  # those that turn more often than this are not, and between the two it is mixed
+    rope_low: float = 1.0  # llama3: pairs that turn less often than this in rope_context positions are slowed,
+    rope_high: float = 4.0  # those that turn more often than this are not, and those between are slowed in part
     rope_context: int = 8192
     window: int = 0  # a position sees itself and the window - 1 before it; 0: all
-    sinks: int = 4  # and the first few, the sinks of attention that is not needed elsewhere
+    sinks: int = 4  # and the first few, as sinks for attention that is not needed elsewhere
     lora_rank: int = 0  # 0: train all weights
     lora_targets: tuple = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     optimizer: str = "muon"  # muon or adamw
@@ -142,7 +142,7 @@ class Linear(nn.Module):
 
 
 class Quantized(nn.Module):
-    """A matrix in 8 or 4 bits a weight: w = q scale with a scale a row, or w = q scale + edge in groups of 32 of a row.
+    """A matrix in 8 or 4 bits per weight: w = q scale with a scale per row, or w = q scale + edge in groups of 32.
 
     torch has products for the CPU that take q as it is and x in bfloat16; MLX has groups in 8 bits too, and takes x in
     float32.
@@ -224,13 +224,13 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         if not config.tied:
             self.lm_head = Linear(config.n_embd, config.vocab_size)
-        self._frequencies = mx.array(rope_frequencies(config))  # no parameter, says the underscore
+        self._frequencies = mx.array(rope_frequencies(config))  # the underscore: not a parameter
         if config.lora_rank:
             self.freeze()
             self.unfreeze(keys=["lora_a", "lora_b"])
 
     def __call__(self, idx, cache=None):
-        """idx (B, T) -> logits (B, T, V). With a cache, idx continues it, and only the last logits come: (B, 1, V)."""
+        """idx (B, T) -> logits (B, T, V). With a cache, which idx continues, only the last logits: (B, 1, V)."""
         start = cache.length if cache is not None else 0
         x = self.embed_tokens.rows(idx)  # (B, T, C)
         turn = rope(mx.arange(start, start + idx.shape[1]), self._frequencies).astype(x.dtype)
@@ -348,7 +348,7 @@ def trained(model):
 
 
 def gather(p):
-    """The whole of an array as numpy, a copy; with several processes each holds all."""
+    """The whole of an array as numpy, a copy; with several processes each holds all of it."""
     return np.array(p)
 
 
@@ -404,7 +404,7 @@ def join():
 
 
 def agree(flag):
-    """Whether the flag is set in any process. All must call this, and each waits for the last."""
+    """Whether the flag is set in any process. All processes must call this, and each waits for the others."""
     return mx.distributed.all_sum(mx.array(float(flag))).item() > 0
 
 
@@ -493,7 +493,7 @@ class Trainer:
         self.m, self.v, self.t = {}, {}, 0
 
     def save(self, path, step, **extra):
-        """Trained weights, moments, step, config and what train.py adds, to one .npz: all or nothing."""
+        """Save trained weights, moments, step, config and what train.py adds to one .npz: all or nothing."""
         arrays = {name: gather(p) for name, p in trained(self.model).items()}
         arrays |= {f"m.{name}": gather(m) for name, m in self.m.items()}
         arrays |= {f"v.{name}": gather(v) for name, v in self.v.items()}

@@ -51,11 +51,11 @@ class Config:
     rope_theta: float = 10000.0
     rope: str = "default"  # default, linear or llama3: how rotation is slowed for texts longer than in training
     rope_factor: float = 1.0
-    rope_low: float = 1.0  # llama3: slowed are the pairs that turn less often than this in rope_context positions,
-    rope_high: float = 4.0  # those that turn more often than this are not, and between the two it is mixed
+    rope_low: float = 1.0  # llama3: pairs that turn less often than this in rope_context positions are slowed,
+    rope_high: float = 4.0  # those that turn more often than this are not, and those between are slowed in part
     rope_context: int = 8192
     window: int = 0  # a position sees itself and the window - 1 before it; 0: all
-    sinks: int = 4  # and the first few, the sinks of attention that is not needed elsewhere
+    sinks: int = 4  # and the first few, as sinks for attention that is not needed elsewhere
     lora_rank: int = 0  # 0: train all weights
     lora_targets: tuple = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     optimizer: str = "muon"  # muon or adamw
@@ -153,7 +153,7 @@ class Linear(nn.Module):
 
 
 class Quantized(nn.Module):
-    """A matrix in 8 or 4 bits per weight: w = q scale with a scale per row, or w = q scale + edge for 32 in a row.
+    """A matrix in 8 or 4 bits per weight: w = q scale with a scale per row, or w = q scale + edge in groups of 32.
 
     torch has products for the CPU that take q as it is and x in bfloat16; MLX has groups in 8 bits too, and takes x in
     float32.
@@ -259,7 +259,7 @@ class Llama(nn.Module):
             p.requires_grad = "lora" in name or not config.lora_rank
 
     def forward(self, idx, cache=None):
-        """idx (B, T) -> logits (B, T, V). With a cache, idx continues it, and only the last logits come: (B, 1, V)."""
+        """idx (B, T) -> logits (B, T, V). With a cache, which idx continues, only the last logits: (B, 1, V)."""
         start = cache.length if cache is not None else 0
         x = self.embed_tokens.rows(idx)  # (B, T, C)
         turn = rope(torch.arange(start, start + idx.shape[1], device=idx.device), self._frequencies).to(x.dtype)
@@ -432,13 +432,13 @@ def join():
     """(rank, size): which of how many processes this is; (0, 1) unless torchrun started it."""
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(time.sleep, 0.2)  # runs last, for gloo: a thread that frees a tensor as Python ends aborts
+        atexit.register(time.sleep, 0.2)  # runs last: a gloo thread that frees a tensor as Python ends aborts
         atexit.register(dist.destroy_process_group)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def agree(flag):
-    """Whether the flag is set in any process. All must call this, and each waits for the last."""
+    """Whether the flag is set in any process. All processes must call this, and each waits for the others."""
     flags = torch.tensor(float(flag))
     dist.all_reduce(flags)
     return flags.item() > 0
@@ -533,7 +533,7 @@ class Trainer:
         self.m, self.v, self.t = {}, {}, 0
 
     def save(self, path, step, **extra):
-        """Trained weights, moments, step, config and what train.py adds, to one .npz: all or nothing."""
+        """Save trained weights, moments, step, config and what train.py adds to one .npz: all or nothing."""
         arrays = {name: gather(p) for name, p in trained(self.model).items()}
         arrays |= {f"m.{name}": gather(m) for name, m in self.m.items()}
         arrays |= {f"v.{name}": gather(v) for name, v in self.v.items()}

@@ -10,7 +10,7 @@
     python train.py --init DIR --data own.jsonl --lora 8 --steps 100      fine-tune; --export-hf NEW exports it
 
 Tasks: text (continue it), chat (answer; only the assistant's tokens count).
---data: tinyshakespeare, a text of any size (tokens of more than 16 MB are kept in files beside it), the folder of
+--data: tinyshakespeare, a text of any size (above 16 MB its tokens are kept in files beside it), the folder of
 nanoGPT's train.bin and val.bin; dialogues, {"messages": [{"role": "user", "content": "..."}, ...]} in each line.
 Two processes: torchrun --nproc-per-node 2 train.py --optimizer adamw; mlx.launch -n 2 -- python train.py --backend mlx
 """
@@ -80,7 +80,7 @@ def read_args():
     kept = [
         add("--block-size", type=within("[1, inf)", int), dest="length",
             help="length of training windows in tokens (default: the context, 128; with --init at most 256)"),
-        add("--window", type=within("[0, inf)", int), default=0, help="tokens that a token sees, with itself; 0: all"),
+        add("--window", type=within("[0, inf)", int), default=0, help="how many tokens each sees, with itself; 0: all"),
         add("--sinks", type=within("[0, inf)", int), default=4, help="first tokens, which are always seen"),
         add("--rope", choices=["default", "linear", "llama3"], help="how to stretch the positions"),
         add("--factor", type=within("[1, inf)"), dest="rope_factor", help="texts may be longer by this factor"),
