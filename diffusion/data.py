@@ -429,7 +429,7 @@ def right(images, captions):
 
 
 class Judge:
-    """Classifies images (N, H, W, C) uint8: fixed filters cut out of its images, then two trained layers.
+    """Classifies images (N, H, W, C) uint8: fixed filters cut out of training images, then two trained layers.
 
     Trained on at most 10,000 images x of the classes y, with a fixed seed, so that it is the same in all runs. If there
     is only one class, nothing is trained, and its features are random sums of the filters' responses.
@@ -587,7 +587,7 @@ T = 1000  # steps from image to noise
 
 
 def noised(x, y, none, rng, shape=None):
-    """x, y, t and noise of a step; a tenth of y is replaced by `none`, so that guidance has both."""
+    """x, y, t and noise of a step; a tenth of y is replaced by `none`, which guidance needs, too."""
     t = rng.integers(1, T + 1, len(x))
     noise = rng.standard_normal(shape or x.shape, np.float32)
     told = rng.random((len(y), *[1] * (y.ndim - 1))) > 0.1

@@ -13,9 +13,9 @@ The network guesses x_0 from x_t, by predicting eps or v = sqrt(a_t) eps - sqrt(
     x_0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t) = sqrt(a_t) x_t - sqrt(1 - a_t) v
 and p(x_s | x_t) = q(x_s | x_t, the guess). This bounds the likelihood, with E_t over x_t ~ q(x_t | x_0), -log p(x_0) <=
     KL(q(x_T | x_0) | N(0, I)) + sum over t > 1 of E_t KL(q(x_t-1 | x_t, x_0) | p(x_t-1 | x_t)) - E_1 log p(x_0 | x_1)
-Two Gaussians of one sigma: KL = |mu - mu'|^2 / (2 sigma^2) = (snr_t-1 - snr_t) / 2 |x_0 - guess|^2, snr = a / (1 - a).
+Gaussians of equal sigma: KL = |mu - mu'|^2 / (2 sigma^2) = (snr_t-1 - snr_t) / 2 |x_0 - guess|^2, snr = a / (1 - a).
 The simple loss has other weights: |eps - guess|^2 is snr_t times |x_0 - guess|^2, and for v (snr_t + 1) times.
-The best guess of eps is the score too, the slope of the log of the density:
+The best guess of eps also gives the score, the gradient of the log density:
     grad log p_t(x_t) = -E[eps | x_t] / sqrt(1 - a_t)
 
 Ho et al. 2020, DDPM; Nichol and Dhariwal 2021, the cosine schedule; Song et al. 2021, DDIM; Song et al. 2021, the score
@@ -57,7 +57,7 @@ class Config:
             raise ValueError(f"widths: the first must be even, not {self.widths[0]}: half are sines of t, half cosines")
 
 
-# Torch's layers want (B, C, H, W), MLX's (B, H, W, C), as it is everywhere else here: hence these two classes.
+# Torch's layers want (B, C, H, W), MLX's (B, H, W, C), as everywhere else here: hence these two classes.
 
 
 class Conv(nn.Conv2d):
@@ -331,8 +331,8 @@ def ddim(guess, x, ts, a, noise):
 def heun(guess, x, ts, a, noise):
     """The probability-flow ODE. With sqrt(a) = cos(phi), x = cos(phi) x_0 + sin(phi) eps, it is dx/dphi = v.
 
-    The trapezoidal rule: an Euler step finds v at the end of a step, which is then made with the mean of both v: the
-    network is called twice per step.
+    The trapezoidal rule: an Euler step finds v at the end; the step is taken with the mean of both v. The network
+    is called twice per step.
     """
 
     def velocity(x, t):
@@ -358,7 +358,7 @@ def langevin(guess, x, ts, a, noise, inner=6, r=0.5):
 
 
 def repaint(guess, x, ts, a, noise, known, mask, again=5):
-    """DDPM in the hole, mask = 0; known pixels, mask = 1, get as much noise. Steps are repeated, so that they agree."""
+    """DDPM in the hole, mask = 0; known pixels, mask = 1, get as much noise. Steps are repeated to make both agree."""
     for t, s in zip(ts, ts[1:]):
         of_0, of_t, var = posterior(a, t, s)
         for i in range(again if s else 1):
@@ -465,7 +465,7 @@ def devices():
 
 
 class Trainer:
-    """A model, the average of its weights, an optimizer. Takes and gives numpy; figures become numbers by float()."""
+    """A model, the average of its weights, an optimizer. Takes and returns numpy; figures are read by float()."""
 
     def __init__(self, config, seed=0, device=None):
         self.config, self.device, self.t = config, device or devices()[0], 0
@@ -495,12 +495,12 @@ class Trainer:
         n = self.t - (self.config.first if part == "unet." else 0)  # steps of this part
         keep = min(self.config.ema, n / (n + 10))  # at first, average over fewer steps
         loss = self.update(part, arrays, lr, n, keep)
-        if self.t == self.config.first:  # the latents to learn are those of the average, which is to decode them
+        if self.t == self.config.first:  # the U-Net learns the average's latents, which the average decodes
             self.model.load_state_dict(self.average.state_dict())
         return {"loss": loss}
 
     def update(self, part, arrays, lr, t, keep):
-        """What step t of a part does to it, and to the average, which keeps the share `keep`; returns the loss."""
+        """Update a part, at its step t, and the average with decay `keep`; returns the loss."""
         loss = LOSSES[part](self.model, *arrays)
         self.model.zero_grad()
         loss.backward()
@@ -558,7 +558,7 @@ class Trainer:
         return torch.stack(kept).cpu().numpy()
 
     def save(self, path, step, **extra):
-        """Weights, average, moments, step, config and what train.py adds, to one .npz: all or nothing."""
+        """Save weights, average, moments, step, config and what train.py adds to one .npz: all or nothing."""
         arrays = get_weights(self.model)
         arrays |= {f"average.{name}": a for name, a in get_weights(self.average).items()}
         for kind, moments in (("m", self.m), ("v", self.v)):

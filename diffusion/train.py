@@ -4,11 +4,11 @@
 # ///
 """Train a diffusion model:  python train.py [--backend mlx] [--task toy] [--data mnist] [--sampler ddpm] ...
 
-Tasks: pictures (of the class asked for); inpaint (the same net makes pictures with a hole whole, told their class but
-for --blind); text (pictures of a text, in the latents of an autoencoder); toy (points, whose score is known).
-Figures: accuracy (the share of pictures that a small classifier takes for the class asked for), judge (the share of
-real ones on which it is right), petals and counter (likewise, of flowers whose petals are counted), frechet (the
-Fréchet distance in the judge's features), bits (at most so many for each number of a picture whose class is told).
+Tasks: pictures (of a requested class); inpaint (the same network fills holes in pictures, given their class unless
+--blind); text (pictures for a text, in the latents of an autoencoder); toy (points whose score is known).
+Figures: accuracy (the share of pictures that a small classifier assigns to the requested class), judge (its accuracy
+on real pictures), petals and counter (the same for flowers, by counting their petals), frechet (the Fréchet distance
+in the judge's features), bits (per dimension: an upper bound, for pictures of known class).
 --data: digits or flowers (synthetic), mnist, cifar10, or your own folder of pictures.
 """
 
