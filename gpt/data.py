@@ -929,8 +929,9 @@ class Reward(Chat):
     and the variance is small if b is near the terms before it, so b is their mean over the group's other answers.
     So the loss is a weighted sum of -log p of the tokens, and that is all that Trainer.step has to know.
 
-    The paper also divides by the group's standard deviation and by the answer's length, which would bias this estimate
-    (Liu et al. 2025), and clips p / p_old, which here is 1: each answer is used for one step.
+    The paper's b is the mean of all answers, and its KL a term of the loss. It also divides by the group's standard
+    deviation and the answer's length, which would bias this estimate (Liu et al. 2025), and clips p / p_old, which here
+    is 1: each answer is used for one step.
     """
 
     def __init__(self, args, saved):
