@@ -245,12 +245,12 @@ def make_digits(n, seed):
 
 
 def make_flowers(n, size, seed):
-    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 4 ... 9; colour, shape and place are random."""
+    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 3 ... 6, one upwards; the rest is random."""
     rng = np.random.default_rng((seed, 32))
     tints = np.array([(245, 240, 235), (250, 200, 40), (235, 70, 60), (245, 130, 175), (150, 90, 210), (70, 110, 230)])
-    petals, tint = rng.integers(4, 10, n), tints[rng.integers(0, 6, n)] + rng.normal(0, 12, (n, 3))
-    radius, inner, turn = rng.uniform(0.55, 0.95, n), rng.uniform(0.4, 0.75, n), rng.uniform(0, 2 * np.pi, n)
-    shape, place, light = rng.uniform(0.4, 1.1, n), rng.normal(0, 0.08, (n, 2)), rng.uniform(0.7, 1.15, n)
+    petals, tint = rng.integers(3, 7, n), tints[rng.integers(0, 6, n)] + rng.normal(0, 12, (n, 3))
+    radius, inner, turn = rng.uniform(0.7, 0.95, n), rng.uniform(0.4, 0.75, n), rng.normal(np.pi / 2, 0.1, n)
+    shape, place, light = rng.uniform(0.4, 1.1, n), rng.normal(0, 0.05, (n, 2)), rng.uniform(0.7, 1.15, n)
     axis, images = (np.arange(size) * 2 + 1) / size - 1, np.empty((n, size, size, 3), np.uint8)
     grass = np.array([46, 98, 52]) * (1 - 0.35 * axis[:, None, None]) * np.ones((size, 1))  # lighter at the top
     for i in range(n):
@@ -624,7 +624,7 @@ class Pictures(Task):
             arrays, _ = load_cifar10()
         elif args.data == "flowers":
             arrays = sum((make_flowers(n, args.size, args.seed + i) for i, n in enumerate(drawn)), ())
-            arrays = [a - 4 if i % 2 else a for i, a in enumerate(arrays)]  # 4 ... 9 petals
+            arrays = [a - 3 if i % 2 else a for i, a in enumerate(arrays)]  # 3 ... 6 petals
         elif args.data == "digits":
             arrays = sum((make_digits(n, args.seed + i) for i, n in enumerate(drawn)), ())
         else:
@@ -678,9 +678,9 @@ class Pictures(Task):
         x, real, real_y = pixels(x), real[:2000], real_y[:2000]
         (p, made), (real_p, features) = judge(x), judge(real)
         figures = {"accuracy": (p.argmax(1) == y).mean(), "judge": (real_p.argmax(1) == real_y).mean()}
-        if self.args.data == "flowers":  # 4 to 9 petals: the counted ones, and how good the counter is
+        if self.args.data == "flowers":  # 3 to 6 petals: the counted ones, and how good the counter is
             figures["petals"], figures["counter"] = (
-                np.mean([count_petals(image) == n + 4 for image, n in zip(*part)]) for part in ((x, y), (real, real_y))
+                np.mean([count_petals(image) == n + 3 for image, n in zip(*part)]) for part in ((x, y), (real, real_y))
             )
         return figures, made, features
 

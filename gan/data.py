@@ -244,12 +244,12 @@ def make_digits(n, seed):
 
 
 def make_flowers(n, size, seed):
-    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 4 ... 9; colour, shape and place are random."""
+    """Synthetic flowers: images (n, size, size, 3) uint8, petals (n,) 3 ... 6, one upwards; the rest is random."""
     rng = np.random.default_rng((seed, 32))
     tints = np.array([(245, 240, 235), (250, 200, 40), (235, 70, 60), (245, 130, 175), (150, 90, 210), (70, 110, 230)])
-    petals, tint = rng.integers(4, 10, n), tints[rng.integers(0, 6, n)] + rng.normal(0, 12, (n, 3))
-    radius, inner, turn = rng.uniform(0.55, 0.95, n), rng.uniform(0.4, 0.75, n), rng.uniform(0, 2 * np.pi, n)
-    shape, place, light = rng.uniform(0.4, 1.1, n), rng.normal(0, 0.08, (n, 2)), rng.uniform(0.7, 1.15, n)
+    petals, tint = rng.integers(3, 7, n), tints[rng.integers(0, 6, n)] + rng.normal(0, 12, (n, 3))
+    radius, inner, turn = rng.uniform(0.7, 0.95, n), rng.uniform(0.4, 0.75, n), rng.normal(np.pi / 2, 0.1, n)
+    shape, place, light = rng.uniform(0.4, 1.1, n), rng.normal(0, 0.05, (n, 2)), rng.uniform(0.7, 1.15, n)
     axis, images = (np.arange(size) * 2 + 1) / size - 1, np.empty((n, size, size, 3), np.uint8)
     grass = np.array([46, 98, 52]) * (1 - 0.35 * axis[:, None, None]) * np.ones((size, 1))  # lighter at the top
     for i in range(n):
@@ -584,7 +584,7 @@ class Pictures(Game):
         parts = (args.count, args.seed), (args.count // 5, args.seed + 1)  # synthetic ones: how many, of which seed
         if args.data == "flowers":
             x, y, test, test_y = sum((make_flowers(n, args.size, seed) for n, seed in parts), ())
-            return x, y - 4, test, test_y - 4  # 4 ... 9 petals
+            return x, y - 3, test, test_y - 3  # 3 ... 6 petals
         if args.data == "digits":
             x, y, test, test_y = sum((make_digits(n, seed) for n, seed in parts), ())
             # without the noise: with few latents G can't make noise for each pixel, and D would notice that
@@ -650,7 +650,7 @@ class Pictures(Game):
             figures["asked"] = (self.p.argmax(1) == self.y).mean()
             figures["judge"] = self.right
         if self.args.data == "flowers":
-            figures["petals"] = np.mean([count_petals(x) == n + 4 for x, n in zip(self.made, self.y)])
+            figures["petals"] = np.mean([count_petals(x) == n + 3 for x, n in zip(self.made, self.y)])
         return figures, ["sample.png", self.file]
 
 

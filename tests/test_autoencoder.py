@@ -100,9 +100,9 @@ def test_rival(form):
 
 
 def test_flowers():
-    """Of 4 to 9 petals, which can be counted at 24 pixels; each by chance of its seed, on grass; a disc has none."""
+    """Of 3 to 6 petals, which can be counted at 24 pixels; each by chance of its seed, on grass; a disc has none."""
     images, petals = data.make_flowers(60, 24, 5)
-    assert [data.count_petals(image) for image in images] == petals.tolist() and set(petals) == set(range(4, 10))
+    assert [data.count_petals(image) for image in images] == petals.tolist() and set(petals) == set(range(3, 7))
     assert (images == data.make_flowers(60, 24, 5)[0]).all() and (images != data.make_flowers(60, 24, 6)[0]).any()
     assert images.dtype == np.uint8 and images[:, 0].mean((0, 1)).argmax() == 1
     disc = np.hypot(*(np.indices((32, 32)) - 15.3))[..., None] < 11

@@ -32,9 +32,9 @@ def test_chapters(name):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_commands(name, tmp_path):
     """Commands before the table of figures run, in order, small and for two steps; of the others, one step is made."""
-    commands = re.findall(rf"python {name}/train\.py([^`\n]*)", README)
+    parts = README.split("## Measured figures")[0], README
+    begin, commands = (re.findall(rf"python {name}/train\.py([^`\n]*)", part) for part in parts)
     assert len(commands) > 2, f"few commands of {name} are shown"
-    begin = re.findall(rf"python {name}/train\.py([^`\n]*)", README.split("## Measured figures")[0])
     folder = copy_quick(name, tmp_path / name)
     (tmp_path / "houses.csv").write_text("a,b,price\n" + "1,2,3.5\n3,4,7\n" * 20)
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n3,4\n")
@@ -52,14 +52,10 @@ def test_commands(name, tmp_path):
         assert code == 0, f"{command}: {err}"
 
 
-def test_side_by_side():
-    """The class shown in both frameworks is that of the files."""
+def test_page():
+    """The class shown in both frameworks is that of the files, and links lead to files."""
     blocks = re.findall(r"```python\n(class .*?)```", README, re.S)
-    assert len(blocks) == 2
-    for block, backend in zip(blocks, BACKENDS):
+    for block, backend in zip(blocks, BACKENDS, strict=True):
         assert block in (ROOT / f"rnn/model_{backend}.py").read_text(encoding="utf-8")
-
-
-def test_links():
     for place in re.findall(r"\]\(([^):#]+)\)", README):
         assert (ROOT / place).exists(), place
