@@ -496,12 +496,12 @@ class Generate(Pictures):
         cov = np.cov(seen.T, bias=True) + np.diag((sigma**2).mean(0))
         z = np.random.default_rng((self.args.seed, 3)).multivariate_normal(seen.mean(0), cov, 48, method="cholesky")
         parts = {"held-out images": test[:12], "and their reconstructions": trainer.reconstruct(test[:12])}
-        parts["samples: z from the normal distribution fitted to the pictures' z"] = trainer.decode(np.float32(z))
-        parts["interpolations between two z"] = trainer.decode(walks)
+        parts["samples: latents from a normal distribution fitted to the images'"] = trainer.decode(np.float32(z))
+        parts["interpolations between two latents"] = trainer.decode(walks)
         if n == 2:
             line = np.linspace(-2.2, 2.2, 12, dtype=np.float32)
             plane = np.stack(np.meshgrid(line, -line), -1).reshape(-1, 2)
-            parts["map of the plane of z: both numbers from -2.2 to 2.2"] = trainer.decode(plane)
+            parts["map of the plane of latents: both numbers from -2.2 to 2.2"] = trainer.decode(plane)
         if self.args.data != "flowers":
             return {}, parts
         x = pixels(trainer.reconstruct(test[:1000]))

@@ -550,7 +550,7 @@ class Game(Task):
 
 
 class Pictures(Game):
-    """Images like those of a dataset. A look is what G makes of the same twelve z: a row of OUT/looks.png."""
+    """Images like those of a dataset. A look is what G makes of the same twelve latents: a row of OUT/looks.png."""
 
     file = "looks.png"
 
@@ -638,9 +638,9 @@ class Pictures(Game):
         angle = np.linspace(0, np.pi / 2, 12, dtype=np.float32)[:, None]  # along an arc each z is as likely as the ends
         ends = self.z[12:16].reshape(2, 2, -1)
         walks = np.concatenate([np.cos(angle) * a + np.sin(angle) * b for a, b in ends])
-        rows = {f"the same twelve z, step {step}": x for step, x in some_of(self.looks, 6).items()}
+        rows = {f"the same twelve latents, step {step}": x for step, x in some_of(self.looks, 6).items()}
         some = 12 + np.argsort(self.y[12:48], kind="stable")
-        rows |= {"other z": make(self.z[some]), "interpolations between two z": make(walks)}
+        rows |= {"other latents": make(self.z[some]), "interpolations between two latents": make(walks)}
         rows["real images"] = self.test[:12] / 2 + 0.5
         draw_rows(rows).save(self.args.out / "sample.png", optimize=True)
         figures, classes = {}, self.p.shape[1]  # of the 1,000 images of the last evaluation
