@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "mlx[cpu]==0.32.4", "numpy", "pillow"]
 # ///
-"""Train a diffusion model:  python train.py [--backend mlx] [--task toy] [--data mnist] [--sampler ddpm] ...
+"""Train a diffusion model:  python train.py [--backend mlx] [--task toy] [--data mnist] [--sampler ddim] ...
 
 Tasks: pictures (of a requested class); inpaint (the same network fills holes in pictures, given their class unless
 --blind); text (pictures for a text, in the latents of an autoencoder); toy (points whose score is known).
@@ -33,10 +33,10 @@ except ImportError as error:
 
 MODEL = "diffusion"
 DEFAULTS = {  # of the flags, for each task
-    "pictures": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], fold=2, guidance=2.0, sample_steps=25),
-    "inpaint": dict(steps=1100, batch_size=32, lr=0.01, widths=[32, 64], fold=2, guidance=2.0, sample_steps=50),
-    "text": dict(steps=2000, batch_size=32, lr=0.01, widths=[64, 128], fold=1, guidance=4.0, sample_steps=30),
-    "toy": dict(steps=2000, batch_size=256, lr=0.01, widths=[128, 128, 128], fold=1, guidance=1.0, sample_steps=50),
+    "pictures": dict(steps=1100, batch_size=32, widths=[32, 64], fold=2, guidance=2.0, sampler="ddpm", sample_steps=25),
+    "inpaint": dict(steps=1100, batch_size=32, widths=[32, 64], fold=2, guidance=2.0, sampler="ddpm", sample_steps=50),
+    "text": dict(steps=2000, batch_size=32, widths=[64, 128], fold=1, guidance=4.0, sampler="ddim", sample_steps=30),
+    "toy": dict(steps=2000, batch_size=256, widths=[128] * 3, fold=1, guidance=1.0, sampler="ddpm", sample_steps=50),
 }
 
 
@@ -66,7 +66,7 @@ def read_args():
         add("--ema", type=within("[0, 1)"), default=0.99, help="decay of the average of the weights"),
         add("--steps", type=within("[0, inf)", int), help="0: only evaluate and sample"),
         add("--batch-size", type=within("[1, 65536]", int), help="images per step"),
-        add("--lr", type=within("(0, inf)"), help="peak rate, after 50 steps; decays to 0 in the second half"),
+        add("--lr", type=within("(0, inf)"), default=0.01, help="peak, after 50 steps; falls to 0 in the second half"),
         add("--seed", type=within("[0, 4294967295]", int), default=0, help="for weights, data, batches and samples"),
     ]
     add = parser.add_argument_group("for this run only").add_argument
@@ -74,7 +74,7 @@ def read_args():
     add("--device", help="cuda, mps or cpu; MLX: gpu or cpu (default: the best available)")
     add("--out", type=Path, help="the output folder")
     add("--resume", action="store_true", help="continue from OUT/ckpt.npz, whichever backend wrote it")
-    add("--sampler", choices=["ddim", "ddpm", "heun", "langevin"], default="ddim", help="heun: two calls per step")
+    add("--sampler", choices=["ddpm", "ddim", "heun", "langevin"], help="pictures, text; heun: two calls per step")
     add("--sample-steps", type=within("[2, 1000]", int), help="of the sampler")
     add("--guidance", type=within("[0, 99)"), help="1: none; higher: closer to the class or text")
     add("--blind", action="store_true", help="inpaint: without the class; guidance has no effect")
