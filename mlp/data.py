@@ -397,7 +397,7 @@ class Examples(Task):
         self.rows = read_csv(args.predict) if args.predict else None
         if args.predict and self.rows.shape[1] != x.shape[1]:
             fail(f"--predict {args.predict} has {self.rows.shape[1]} columns: it needs only the {x.shape[1]} features")
-        few = f", each {1 / len(x_val):.0%} of a mean" if len(x_val) < 100 else ""
+        few = f", each worth {1 / len(x_val):.0%}" if len(x_val) < 100 else ""
         self.about = f"{args.data or args.task}: {len(x):,} to train on, {len(x_val):,} held out{few}"
 
     def load(self):

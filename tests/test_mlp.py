@@ -126,7 +126,7 @@ def test_a_small_table(tmp_path):
     np.savetxt(folder / "iris.csv", np.column_stack([x, y]), "%.12g", ",")
     np.savetxt(folder / "rows.csv", x, "%.12g", ",", header="a,b,c,d", comments="")
     figures = result(folder, "torch", "--data", "iris.csv", "--predict", "rows.csv", run=run_here)
-    assert "120 to train on, 30 held out, each 3% of" in figures["printed"] and figures["accuracy"] > 0.85
+    assert "120 to train on, 30 held out, each worth 3%" in figures["printed"] and figures["accuracy"] > 0.85
     header, *answers = (figures["out"] / "predictions.csv").read_text().splitlines()
     table = np.loadtxt(answers, delimiter=",")
     assert header == "class,p0,p1,p2" and (table[:, 0] == y).mean() > 0.9
