@@ -774,7 +774,7 @@ class Text(Task):
         if args.world > 1:
             trainer.step = together(trainer.step, net.agree)
         learning = sum(math.prod(w.shape) for w in net.trained(trainer.model).values())
-        self.about = "; ".join(filter(None, [f"{learning:,} of them to train", self.about]))
+        self.about = "; ".join(filter(None, [f"{learning:,} of them to train" * (config.lora_rank > 0), self.about]))
         return trainer
 
     def windows(self, ids, at, T):
