@@ -43,7 +43,9 @@ DEFAULTS = {  # of the flags, for each task
 def defaults(asked):
     """The values of flags that are not given."""
     grey = asked.data in ("digits", "mnist") and asked.task != "text"
-    return DEFAULTS[asked.task] | dict(size=28 if grey else 32)
+    large = asked.task in ("pictures", "inpaint") and asked.size and asked.size % 64 == 0
+    deeper = dict(widths=[32, 64, 64]) if large else {}  # attention over 16 x 16 places loses sight of the whole
+    return DEFAULTS[asked.task] | dict(size=28 if grey else 32) | deeper
 
 
 def read_args():

@@ -11,7 +11,7 @@ import pytest
 import test_cnn
 import torch
 import torch.nn.functional as F
-from folders import BACKENDS, batches, copy_quick, load, load_file, make_task, make_trainer, result, run_here
+from folders import BACKENDS, batches, copy_quick, load, load_file, make_args, make_task, make_trainer, result, run_here
 from PIL import Image
 from test_parity import array, randomise
 
@@ -382,5 +382,6 @@ def test_tasks(tmp_path):
     assert blind["changed"] < 1e-6 and blind["counter"] > 0.98 and {"accuracy", "judge", "petals"} <= set(blind)
     mine = result(folder, "torch", *few, *"--data mine --size 16 --sampler langevin --out mine2".split(), run=run_here)
     assert mine["frechet"] > 1 and mine["bits"] > 1 and "accuracy" not in mine
+    assert [len(make_args("diffusion", "--size", n).widths) for n in (32, 64, 96)] == [2, 3, 2]
     text = result(folder, "mlx", *few, "--task", "text", "--prompt", "big red star", "--sampler", "heun", run=run_here)
     assert {"size", "colour", "shape", "place", "accuracy"} <= set(text) and text["judge"] > 0.97

@@ -20,9 +20,8 @@ def text_of(name):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_chapters(name):
     """In the map of the books, a folder's link is followed by its classes, functions and flags."""
-    texts = re.findall(rf"\[{name}\]\([^)]*\)([^|\[]*)", CHAPTERS)
+    texts, text = re.findall(rf"\[{name}\]\([^)]*\)([^|\[]*)", CHAPTERS), text_of(name)
     assert texts, f"no chapter leads to {name}"
-    text = text_of(name)
     for mark in re.findall(r"`([^`]+)`", " ".join(texts)):
         words = [f'"{word}"' if word.startswith("--") else word for word in mark.split()] if mark[0] == "-" else []
         assert all(word in text for word in words) if words else re.search(rf"(class|def) {mark}\b", text), mark
