@@ -44,7 +44,7 @@ def defaults(asked):
     """The values of flags that are not given."""
     grey = asked.data in ("digits", "mnist") and asked.task != "text"
     large = asked.task in ("pictures", "inpaint") and asked.size and asked.size % 64 == 0
-    deeper = dict(widths=[32, 64, 64]) if large else {}  # attention over 16 x 16 places loses sight of the whole
+    deeper = dict(widths=[32, 64, 64]) if large else {}  # with two, the parts of an image don't fit
     return DEFAULTS[asked.task] | dict(size=28 if grey else 32) | deeper
 
 
@@ -58,7 +58,7 @@ def read_args():
         add("--data", default="digits", help="digits, flowers, mnist, cifar10 or a folder"),
         add("--count", type=within("[100, inf)", int), default=10000, help="how many digits, flowers or shapes"),
         add("--size", type=within("[8, 4096]", int), help="height and width; digits and mnist: 28 or more"),
-        add("--widths", type=within("[1, 65536]", int), nargs="+", help="channels of each level of the U-Net"),
+        add("--widths", type=within("[1, 65536]", int), nargs="+", help="of the U-Net's levels; three for 64 pixels"),
         add("--fold", type=within("[1, 64]", int), help="squares of this side become channels"),
         add("--predict", choices=["v", "noise"], default="v", help="what the network predicts of a noisy image"),
         add("--schedule", choices=["cosine", "linear"], default="cosine", help="how the noise grows with t"),

@@ -242,7 +242,7 @@ def adamw(p, g, m, v, lr, t, weight_decay, beta1=0.9, beta2=0.99, eps=1e-8):
 def muon(p, g, m, lr, weight_decay, beta=0.9):
     """Jordan et al. 2024: momentum for matrices, made orthogonal, so that all directions move equally far.
 
-    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one --lr fits both.
+    The factor makes the update as large as AdamW's, about 0.2 per entry (Liu et al. 2025), so one rate fits both.
     """
     m = beta * m + (1 - beta) * g
     update = orthogonalize((1 - beta) * g + beta * m)  # Nesterov: the momentum one step ahead
