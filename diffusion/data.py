@@ -673,22 +673,24 @@ class Pictures(Task):
         return figures, ["sample.png"]
 
     def judged(self, x, y):
-        """Figures of images x of the classes y; the judge's features of them, and of real ones."""
+        """Figures of images x of the classes y; the judge's features of them, of real ones, and of as many others."""
         judge, (real, real_y) = Judge(self.x, self.y), (self.test, self.test_y) if self.n_class else (self.x, self.y)
         x, real, real_y = pixels(x), real[:2000], real_y[:2000]
         (p, made), (real_p, features) = judge(x), judge(real)
+        _, others = judge(self.x[:: max(1, len(self.x) // len(x))][: len(x)])
         figures = {"accuracy": (p.argmax(1) == y).mean(), "judge": (real_p.argmax(1) == real_y).mean()}
         if self.args.data == "flowers":  # 3 to 6 petals: the counted ones, and how good the counter is
             figures["petals"], figures["counter"] = (
                 np.mean([count_petals(image) == n + 3 for image, n in zip(*part)]) for part in ((x, y), (real, real_y))
             )
-        return figures, made, features
+        return figures, made, features, others
 
     def scored(self, trainer, rng, n):
         """Figures of n images, with the classes in turn; and the images."""
         y = np.arange(n) % max(self.n_class, 1)
         x = in_parts(lambda y: self.draw(trainer, y, rng)[-1], y, 250)
-        figures, made, real = self.judged(x, y)
+        figures, made, real, others = self.judged(x, y)
+        figures["frechet_real"] = frechet(real, others)
         return (figures if self.n_class else {}) | {"frechet": frechet(real, made)}, x
 
 

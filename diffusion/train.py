@@ -8,7 +8,8 @@ Tasks: pictures (of a requested class); inpaint (the same network fills holes in
 --blind); text (pictures for a text, in the latents of an autoencoder); toy (points whose score is known).
 Figures: accuracy (the share of pictures that a small classifier assigns to the requested class), judge (its accuracy
 on real pictures), petals and counter (the same for flowers, by counting their petals), frechet (the Fréchet distance
-in the judge's features), bits (per dimension: an upper bound, for pictures of known class).
+from held-out pictures, in the judge's features), frechet_real (the same for as many training pictures), bits (per
+dimension: an upper bound, for pictures of known class).
 --data: digits or flowers (synthetic), mnist, cifar10, or your own folder of pictures.
 """
 
@@ -44,7 +45,7 @@ def defaults(asked):
     """The values of flags that are not given."""
     grey = asked.data in ("digits", "mnist") and asked.task != "text"
     large = asked.task in ("pictures", "inpaint") and asked.size and asked.size % 64 == 0
-    deeper = dict(widths=[32, 64, 64]) if large else {}  # with two, the parts of an image don't fit
+    deeper = dict(widths=[32, 64, 64], batch_size=16, steps=700) if large else {}  # two levels are too few
     return DEFAULTS[asked.task] | dict(size=28 if grey else 32) | deeper
 
 

@@ -649,6 +649,8 @@ class Pictures(Game):
             figures["sure"] = (self.p.max(1) > 0.9).mean()
             figures["asked"] = (self.p.argmax(1) == self.y).mean()
             figures["judge"] = self.right
+            _, others = self.judge(self.train[:: max(1, len(self.train) // 1000)][:1000])
+            figures["frechet_real"] = frechet(self.real, others)
         if self.args.data == "flowers":
             figures["petals"] = np.mean([count_petals(x) == n + 3 for x, n in zip(self.made, self.y)])
         return figures, ["sample.png", self.file]

@@ -6,10 +6,11 @@
 
 Tasks: pictures; toy (one dimension, with known densities and so a known best discriminator).
 --data: digits or flowers (synthetic), mnist, or your own folder of images.
-Figures: value (of the game, V), frechet (the Fréchet distance between 1,000 generated images and real ones, in the
-features of a small classifier), and by that classifier least_share (of the rarest class generated), sure (the share of
-generated images of which it is 90 % sure), asked (the share that it assigns to the requested class), judge (its
-accuracy on real images); petals (the share of flowers with the requested number of petals).
+Figures: value (of the game, V), frechet (the Fréchet distance between 1,000 generated images and held-out ones, in the
+features of a small classifier), frechet_real (the same for 1,000 training images), and by that classifier least_share
+(of the rarest class generated), sure (the share of generated images of which it is 90 % sure), asked (the share that it
+assigns to the requested class), judge (its accuracy on real images); petals (the share of flowers with the requested
+number of petals).
 """
 
 import argparse
