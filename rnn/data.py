@@ -294,8 +294,9 @@ class Text(Task):
 def make_weather(seed):
     """Two years of synthetic hourly weather: the names of the variables, and (N, 5).
 
-    The yearly and daily cycles are cosines. Fronts come every few days: pressure falls for about a day before one, then
-    rises faster; clouds, wind and moisture gather before it, and it leaves colder air behind, which warms slowly.
+    The yearly and daily cycles are cosines. The fronts are chaotic: in the model of Lorenz 1984, "Irregularity", a wave
+    travels in the westerly wind x, faster where x is stronger, and feeds on it. Its phase z is the trough, with low
+    pressure, clouds, wind and moisture; its phase y is the warm air ahead of the trough, and the cold air behind it.
     Clouds halve the daily cycle. The rest is noise that is correlated over some hours.
     """
     rng, N = np.random.default_rng((seed, 5)), 730 * 24
@@ -307,18 +308,21 @@ def make_weather(seed):
             x[i] = keep * x[i - 1] + math.sqrt(1 - keep**2) * x[i]
         return x
 
-    front, cold = np.zeros(N), np.zeros(N)
-    for at in np.cumsum(rng.gamma(6, 18, N // 100)).astype(int):
-        if at < N:
-            strength, ago = rng.gamma(3, 1 / 3), hour - at
-            front += strength * np.exp(-np.where(ago < 0, -ago / 18, ago / 9))
-            cold += strength * np.where(ago < 0, 0, np.exp(-np.maximum(ago, 0) / 40))
+    def flow(x, y, z):  # sums and products are equal on all machines: chaos would amplify any difference
+        return 2 - y * y - z * z - x / 4, x * y - 4 * x * z - y + 1, 4 * x * y + x * z - z
+
+    state, states = rng.random(3).tolist(), []
+    for _ in range(N):  # one unit of time is five days; the midpoint method
+        middle = [s + ds / 240 for s, ds in zip(state, flow(*state))]
+        state = [s + ds / 120 for s, ds in zip(state, flow(*middle))]
+        states.append(state)
+    x, y, z = np.array(states).T
     year, day = -np.cos(2 * np.pi * (hour / 24 - 15) / 365), -np.cos(2 * np.pi * (hour - 3) / 24)
-    cloud = 100 / (1 + np.exp(1.2 - 2.5 * front - noise(9, 0.8)))
-    temperature = 10 + 9 * year + (4.5 + 1.5 * year) * (1 - cloud / 200) * day - 5 * cold + noise(30, 1.2)
-    pressure = 1018 - 14 * front + noise(60, 3)
-    humidity = (72 - 12 * day * (1 - cloud / 200) + 14 * front - 6 * year + noise(8, 4)).clip(15, 100)
-    wind = (3 + 5 * front + 0.8 * day + noise(5, 1)).clip(0, None)
+    cloud = 100 / (1 + np.exp(0.6 - 1.5 * z - noise(9, 0.8)))
+    temperature = 10 + 9 * year + (4.5 + 1.5 * year) * (1 - cloud / 200) * day + 3 * y + noise(30, 1.2)
+    pressure = 1014 - 8 * z + noise(60, 3)
+    humidity = (72 - 12 * day * (1 - cloud / 200) + 7 * z - 6 * year + noise(8, 4)).clip(15, 100)
+    wind = (1 + 3 * x + 1.5 * z + 0.8 * day + noise(5, 1)).clip(0, None)
     names = "temperature pressure humidity wind cloud".split()
     return names, np.stack([temperature, pressure, humidity, wind, cloud], 1)
 
