@@ -208,8 +208,7 @@ def test_log_mel():
 
 
 def test_wav(tmp_path, capsys):
-    """Codes are finer for quiet samples. What is written is read again; 8 bits, two channels and another rate too,
-    without 6 kHz coming back as 2."""
+    """Codes are finer for quiet samples. What is written is read again; 16 kHz too, without 6 kHz coming back as 2."""
     x = np.linspace(-1, 1, 4001)
     code, codes = data.mu_law(x), np.arange(256)
     assert code[0] == 0 and code[-1] == 255 and (np.diff(code) >= 0).all()
@@ -232,17 +231,17 @@ def test_wav(tmp_path, capsys):
 
 
 def test_speakers(tmp_path, monkeypatch):
-    """All recordings of one speaker are held out, and none of another; synthetic voices are added to digits."""
+    """All recordings of one speaker are held out, none of another; synthetic voices join digits; inputs have noise."""
     for i, (label, speaker) in enumerate([(a, b) for a in "40" for b in ("ann", "bob", "cy")] * 2):
         data.write_wav(tmp_path / f"{label}_{speaker}_{i}.wav", np.random.default_rng(i).normal(0, 0.1, 3000))
     (tmp_path / "readme_of_this.txt").write_text("no sound")
     monkeypatch.setattr(data, "make_speech", lambda seed, voices, takes: ([np.ones(3000)] * 3, [*"014"], ["bob"] * 3))
-    speech = make_task("rnn", "--task", "speech", "--data", tmp_path, "--held-out", "bob", "--batch-size", 64)
-    _, _, speakers = data.read_speech(tmp_path)
+    (*_, speakers), more = data.read_speech(tmp_path), ["--data", tmp_path, "--held-out", "bob", "--batch-size", 64]
+    speech, speak = (make_task("rnn", "--task", task, *more) for task in ("speech", "speak"))
     assert {speakers[i] for i in speech.val} == {"bob"} and {speakers[i] for i in speech.train[:8]} == {"ann", "cy"}
     assert speech.names == ["0", "4"] and len(speech.val) == 4 and len(speech.train) == 8 + 2
-    x, y = speech.batch(0)
+    (x, y), (noised, codes, *_) = speech.batch(0), speak.batch(0)
     assert x.shape == (64, 48, 36) and not x[:, 0].any() and x.any((1, 2)).all() and set(y) == {0, 1}
-    for i in speech.val:
-        speech.mels[i][:] = np.nan
+    assert 5 < (noised[:, 1:] - codes[:, :-1]).std() < 11 and codes[3].tobytes() in speak.codes.tobytes()
+    speech.mels = [mel * np.nan if i in speech.val else mel for i, mel in enumerate(speech.mels)]
     assert np.isfinite(speech.batch(1)[0]).all()  # no word to train on is varied with the held-out speaker's
