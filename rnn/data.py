@@ -597,6 +597,20 @@ def from_mu_law(code):
     return np.sign(y) * np.expm1(np.abs(y) * math.log(256)) / 255
 
 
+def emphasise(x):
+    """x_t - 0.85 x_t-1, scaled to a peak of 1: noise would drown speech's high frequencies, which are weak."""
+    x = np.append(x[:1], x[1:] - 0.85 * x[:-1])
+    return x / np.abs(x).max(initial=1e-6)
+
+
+def restore(x):
+    """The inverse."""
+    x = x.copy()
+    for t in range(1, len(x)):
+        x[t] += 0.85 * x[t - 1]
+    return x / np.abs(x).max(initial=1e-6)
+
+
 def periodicity(x, n=320):
     """How much a voice repeats itself: 1 for a perfect tone, less the hoarser it is.
 
@@ -752,7 +766,7 @@ class Speak(Task):
         sounds, self.y, self.names, self.who = load_speech(args)
         self.codes = np.full((len(sounds), self.samples + 1), 128)
         for row, sound in zip(self.codes, sounds):
-            row[1 : len(sound) + 1] = mu_law(sound)[: self.samples]
+            row[1 : len(sound) + 1] = mu_law(emphasise(sound))[: self.samples]
         self.lengths = np.array([min(len(sound), self.samples) for sound in sounds])
         if args.length > self.lengths.min():
             fail(f"--length {args.length} is more than the shortest utterance, {self.lengths.min()} samples")
@@ -778,7 +792,7 @@ class Speak(Task):
         begin = rng.uniform(-T, self.lengths[number] - T).clip(0).astype(int)  # often the beginning
         at = begin[:, None] + np.arange(T + 1)
         who = np.where(rng.random(B) < 0.1, -1, self.who[number])  # sometimes unknown, like a held-out voice
-        codes = self.codes[number[:, None], at]
+        codes = self.codes[number[:, None], at]  # (B, T + 1)
         beside = self.beside(self.y[number], who, self.lengths[number], at[:, :-1])
         noise = rng.uniform(0, self.noise, (B, 1)) * rng.normal(size=(B, T))
         x = np.rint(codes[:, :-1] + noise).clip(0, 255).astype(np.int64)
@@ -798,14 +812,15 @@ class Speak(Task):
         lengths = np.array([int(self.lengths[self.y == i].mean()) for i in y])
         n = lengths.max()
         beside = self.beside(y, 0 * y, lengths, np.arange(n))  # in the first voice
-        codes = trainer.generate(np.full((len(y), 1), 128), n, self.args.temperature, self.args.seed, beside)
-        made = from_mu_law(np.stack(list(codes), 1))
+        said = trainer.generate(np.full((len(y), 1), 128), n, self.args.temperature, self.args.seed, beside)
+        said = np.stack(list(said), 1)
         files, rows = [], []
         for i, name in enumerate(self.names):
             files.append(f"{name}.wav")
-            write_wav(self.args.out / files[-1], made[i, : lengths[i]])
             first = np.flatnonzero((self.y == i) & (self.who == 0))[:1]
-            rows.append([made[i, : lengths[i]], *(from_mu_law(self.codes[j, 1 : self.lengths[j]]) for j in first)])
+            codes = [said[i, : lengths[i]], *(self.codes[j, 1 : self.lengths[j]] for j in first)]
+            rows.append([restore(from_mu_law(row)) for row in codes])
+            write_wav(self.args.out / files[-1], rows[-1][0])
         draw_spectrograms(rows[:10], self.names).save(self.args.out / "sample.png", optimize=True)
         clear, real = (np.nanmean([periodicity(row[i]) for row in rows if len(row) > i]) for i in (0, 1))
         return {"periodicity": clear, "periodicity_real": real}, ["sample.png", *files]

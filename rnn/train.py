@@ -33,8 +33,8 @@ DEFAULTS = {  # of the flags, for each task
     "text": dict(cell="lstm", n_hidden=256, steps=600, batch_size=32, lr=0.03, optimizer="muon"),
     "series": dict(cell="gru", n_hidden=64, steps=500, batch_size=64, lr=4e-3, optimizer="adamw"),
     "speech": dict(cell="gru", n_hidden=128, steps=1000, batch_size=64, lr=6e-3, optimizer="adamw"),
-    "speak": dict(cell="gru", n_hidden=160, steps=1600, batch_size=16, lr=0.02, optimizer="muon", length=256,
-                  weight_decay=0.0, impl="builtin", temperature=0.6),
+    "speak": dict(cell="gru", n_hidden=160, steps=2400, batch_size=16, lr=0.02, optimizer="muon", length=256,
+                  weight_decay=0.0, impl="builtin", temperature=0.75),
     "gradients": dict(cell="rnn", n_hidden=64, steps=300, batch_size=64, lr=0.03, optimizer="sgd", length=60),
 }  # fmt: skip
 
