@@ -210,9 +210,9 @@ def test_log_mel():
 def test_wav(tmp_path, capsys):
     """Codes are finer for quiet samples. What is written is read again; 16 kHz too, without 6 kHz coming back as 2."""
     x = np.linspace(-1, 1, 4001)
-    code, codes = data.mu_law(x), np.arange(256)
-    assert code[0] == 0 and code[-1] == 255 and (np.diff(code) >= 0).all()
-    assert (data.mu_law(data.from_mu_law(codes)) == codes).all() and np.allclose(data.restore(data.emphasise(x)), x)
+    code, codes, sharp = data.mu_law(x), np.arange(256), data.emphasise(x)
+    assert code[0] == 0 and code[-1] == 255 and (np.diff(code) >= 0).all() and abs(sharp[-1] - 0.15) < 1e-3
+    assert (data.mu_law(data.from_mu_law(codes)) == codes).all() and np.allclose(data.restore(sharp), x)
     error = np.abs(data.from_mu_law(code) - x)
     assert error.max() < 0.025 and error[np.abs(x) < 0.01].max() < 5e-4
     t, path = np.arange(16000) / 16000, tmp_path / "a.wav"
