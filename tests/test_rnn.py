@@ -199,8 +199,7 @@ def test_log_mel():
     x, n, k = np.random.default_rng(0).normal(size=500), np.arange(160), np.arange(81)
     mels, window = data.log_mel(x, 24), 0.5 - 0.5 * np.cos(2 * np.pi * n / 160)
     power = np.abs(np.exp(-2j * np.pi * np.outer(k, n) / 160) @ (x[128:288] * window)) ** 2
-    edges = np.linspace(*(2595 * np.log10(1 + np.array([60, 4000]) / 700)), 26)
-    edges = 700 * (10 ** (edges / 2595) - 1)
+    edges = 700 * (10 ** (np.linspace(*(2595 * np.log10(1 + np.array([60, 4000]) / 700)), 26) / 2595) - 1)
     for m in (0, 7, 23):
         triangle = np.interp(k * 50, edges[m : m + 3], [0, 1, 0])
         assert mels[1, m] == pytest.approx(np.log(triangle @ power + 1e-5), abs=1e-6)
@@ -243,5 +242,6 @@ def test_speakers(tmp_path, monkeypatch):
     (x, y), (noised, codes, *_) = speech.batch(0), speak.batch(0)
     assert x.shape == (64, 48, 36) and not x[:, 0].any() and x.any((1, 2)).all() and set(y) == {0, 1}
     assert 5 < (noised[:, 1:] - codes[:, :-1]).std() < 11 and codes[3].tobytes() in speak.codes.tobytes()
+    assert np.corrcoef(codes[:, 1:].ravel(), codes[:, :-1].ravel())[0, 1] < -0.3  # white noise, emphasised
     speech.mels = [mel * np.nan if i in speech.val else mel for i, mel in enumerate(speech.mels)]
     assert np.isfinite(speech.batch(1)[0]).all()  # no word to train on is varied with the held-out speaker's
