@@ -818,7 +818,7 @@ class Writing(Task):
 
 
 class Text(Writing):
-    """Continue a text: train on random windows of it. The last tenth is held out."""
+    """Continue a text: train on random windows of it. The last tenth is held out: validation first, then test."""
 
     def __init__(self, args, saved):
         if args.chat:
@@ -835,8 +835,8 @@ class Text(Writing):
             self.train, self.val = self.tokenizer.encode(head), self.tokenizer.encode(self.readable(val))
             self.extra["digest"] = digest(self.train)
         T, n = args.block_size, (len(self.train), len(self.val))
-        if min(n) <= T:
-            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or provide {10 * T + 10}")
+        if min(n) <= 2 * T:
+            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or provide {20 * T + 20}")
         prompt = ("The " if "The " in head else head[0]) if args.prompt is None else args.prompt
         self.prompts = [(prompt, self.check(self.tokenizer.encode(prompt)))]
         self.tokens, measured = args.batch_size * T, f", {MEASURED:,} of them measured" * (n[1] > MEASURED)
@@ -863,14 +863,19 @@ class Text(Writing):
         x[own], y[own] = self.windows(self.train, at[own])
         return x, y
 
-    def evaluate(self, trainer, whole=False):
-        starts, total = np.arange(0, len(self.val) - self.args.block_size, self.args.block_size), 0.0
-        most = max(64, MEASURED // self.args.block_size) if whole else 64  # 64 are enough for the log
-        starts = starts[:: math.ceil(len(starts) / most)]
-        rows = max(1, min(32, 2**26 // self.args.block_size // self.tokenizer.vocab_size))  # to save memory
+    def measure(self, trainer, starts):
+        """The mean loss of the held-out windows that begin at `starts`."""
+        total, rows = 0.0, max(1, min(32, 2**26 // self.args.block_size // self.tokenizer.vocab_size))  # to save memory
         for at in np.array_split(starts, math.ceil(len(starts) / rows)):
             total += float(trainer.evaluate(*self.windows(self.val, at))["val_loss"]) * len(at)
-        return {"val_loss": total / len(starts)}
+        return total / len(starts)
+
+    def evaluate(self, trainer, whole=False):
+        T = self.args.block_size
+        starts, most = np.arange(0, len(self.val) - T, T), MEASURED // T if whole else 128
+        val, test = np.array_split(starts[:: math.ceil(len(starts) / max(128, most))], 2)  # 64 are enough for the log
+        figures = {"val_loss": self.measure(trainer, val)}
+        return figures | {"test_loss": self.measure(trainer, test)} if whole else figures
 
 
 class Chat(Writing):

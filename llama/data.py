@@ -638,9 +638,9 @@ def together(step, agree):
 
 
 class Text(Task):
-    """Continue a text: train on random windows of it. The last tenth is held out.
+    """Continue a text: train on random windows of it. The last tenth is held out: validation first, then test.
 
-    `train` and `val` are rows of tokens; `starts` says where in `val` windows of T + 1 begin.
+    `train` and `val` are rows of tokens; `starts` and `test` say where in `val` the windows of T + 1 of each begin.
     """
 
     def __init__(self, args, saved):
@@ -661,7 +661,7 @@ class Text(Task):
             n = self.tokenizer.vocab_size, self.config["vocab_size"]
             fail(f"the tokenizer has {n[0]} tokens, the model {n[1]}: name the model's own with --tokenizer")
         args.memory |= {name: self.config[name] for name in args.memory.keys() & self.config.keys()}  # of --init
-        self.tokens, self.starts, self.lengths = args.batch_size * self.T, [], args.lengths or []
+        self.tokens, self.starts, self.test, self.lengths = args.batch_size * self.T, [], [], args.lengths or []
         if args.steps or self.lengths or not args.chat and (not args.init or args.data or args.bits < 32):
             self.load()  # else nothing is trained or evaluated
         self.prompt = self.read_prompt()
@@ -739,14 +739,18 @@ class Text(Task):
                 n = len(text) * 9 // 10
                 self.train, self.val = encode(text[:n]), encode(self.readable(text[n:]))
         n = len(self.train), len(self.val)
-        if n[1] <= T:
-            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or provide {10 * T + 10}")
-        self.starts = np.arange(0, n[1] - T, T)
+        if n[1] <= 2 * T:
+            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or provide {20 * T + 20}")
+        self.starts, self.test = self.halves(T)
         self.extra = self.extra | {"digest": digest(self.train.excerpt() if path else self.train)}
         measured = f", {MEASURED:,} of them measured" * (n[1] > MEASURED)
         self.about = f"{self.args.data or 'Python manual'}: {n[0]:,} tokens to train on, {n[1]:,} held out{measured}"
         if max(self.lengths, default=0) >= n[1]:
             fail(f"--lengths must be 1 to {n[1] - 1}, the tokens of the held-out text")
+
+    def halves(self, T):
+        """Where windows of T + 1 held-out tokens begin: those for validation, those for the test."""
+        return np.array_split(np.arange(0, len(self.val) - T, T), 2)
 
     def read_prompt(self):
         """The tokens of --prompt, (n,)."""
@@ -795,7 +799,7 @@ class Text(Task):
     def measure(self, trainer, starts, T):
         """{"val_loss", "perplexity"} of the windows of T tokens that begin at `starts`."""
         total, n, rows = 0.0, 0, max(1, min(32, 2**26 // T // trainer.config.vocab_size))  # to save memory
-        starts = starts[:: math.ceil(len(starts) / max(64, MEASURED // T))]
+        starts = starts[:: math.ceil(len(starts) / max(64, MEASURED // T // 2))]
         for at in np.array_split(starts, math.ceil(len(starts) / rows)):
             x, y = self.held_out(at, T)
             total += float(trainer.evaluate(x, y)["val_loss"]) * (y >= 0).sum()
@@ -809,7 +813,8 @@ class Text(Task):
         if not whole:  # 64 are enough for the log
             return {"val_loss": self.measure(trainer, starts[:: math.ceil(len(starts) / 64)], self.T)["val_loss"]}
         self.figures = self.measure(trainer, starts, self.T)
-        return self.figures
+        test = {"test_loss": self.measure(trainer, self.test, self.T)["val_loss"]} if len(self.test) else {}
+        return self.figures | test
 
     def report(self, trainer):
         args, figures, files = self.args, {}, []
@@ -831,7 +836,7 @@ class Text(Task):
                 figures = self.figures if bits == 32 else self.measure(trainer, self.starts, self.T)
                 print(f"{bits:2} bits: {megabytes:.1f} MB, perplexity {figures['perplexity']:.4f}", flush=True)
         for length in self.lengths:
-            starts = np.arange(0, len(self.val) - length, length)
+            starts, _ = self.halves(length)
             figures = figures | {f"perplexity_{length}": self.measure(trainer, starts, length)["perplexity"]}
             print(f"texts of {length} tokens: perplexity {figures[f'perplexity_{length}']:.4f}", flush=True)
         text, speed = self.chat(trainer) if args.chat else self.go_on(trainer)

@@ -244,13 +244,13 @@ class Text(Task):
 
     def __init__(self, args, saved):
         text, self.args, T = load_text(args.data), args, args.length
-        train, val = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]  # the last tenth is held out
+        train, held = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]  # the last tenth: validation, then test
         alphabet = saved["alphabet"] if saved else "".join(sorted(set(train)))
         self.tokenizer = Letters(alphabet)
         self.train = self.tokenizer.encode(train)
-        self.val = self.tokenizer.encode("".join(c for c in val if c in alphabet))
-        if len(self.train) // args.batch_size <= T or len(self.val) <= T:
-            need = 10 * max(T + 1, args.batch_size * (T + 1) // 9 + 1)
+        self.val, self.test = np.array_split(self.tokenizer.encode("".join(c for c in held if c in alphabet)), 2)
+        if len(self.train) // args.batch_size <= T or len(self.test) <= T:
+            need = 10 * max(2 * T + 2, args.batch_size * (T + 1) // 9 + 1)
             fail(f"{len(text)} characters are too few for --batch-size {args.batch_size} and --length {T}: give {need}")
         if args.prompt is None:
             args.prompt = "The " if set("The ") <= set(alphabet) else alphabet[0]
@@ -259,7 +259,7 @@ class Text(Task):
         self.prompt = self.tokenizer.encode(args.prompt)[None]
         self.config = dict(vocab_size=len(alphabet), n_out=len(alphabet))
         self.extra = dict(alphabet=alphabet, digest=digest(self.train))
-        n = len(self.train), len(self.val)
+        n = len(self.train), len(self.val) + len(self.test)
         self.about = f"{args.data or 'Python manual'}: {n[0]:,} characters to train on, {n[1]:,} held out"
 
     def batch(self, step):
@@ -272,10 +272,12 @@ class Text(Task):
         return x[:, :-1], x[:, 1:], np.full(B, part > 0, np.float32)
 
     def evaluate(self, trainer, whole=False):
-        rows = min(64 if whole else 16, len(self.val) // (self.args.length + 1))
-        T = len(self.val) // rows - 1 if whole else min(512, len(self.val) // rows - 1)
-        x = self.val[np.arange(rows)[:, None] * (len(self.val) // rows) + np.arange(T + 1)]
-        return trainer.evaluate(x[:, :-1], x[:, 1:])
+        figures, rows = {}, min(32 if whole else 16, len(self.test) // (self.args.length + 1))
+        for name, ids in [("val_loss", self.val), ("test_loss", self.test)][: 1 + whole]:
+            T = len(ids) // rows - 1 if whole else min(512, len(ids) // rows - 1)
+            x = ids[np.arange(rows)[:, None] * (len(ids) // rows) + np.arange(T + 1)]
+            figures[name] = float(trainer.evaluate(x[:, :-1], x[:, 1:])["val_loss"])
+        return figures
 
     def report(self, trainer):
         args, text, began = self.args, [self.args.prompt], time.perf_counter()

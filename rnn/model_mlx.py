@@ -258,10 +258,11 @@ def orthogonalize(g):
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (mx.linalg.norm(x) + 1e-7)
     xxt, eye = x @ x.T, mx.eye(x.shape[0])
-    q = eye
-    for _ in range(5):
+    q = p = 3.4445 * eye - 4.7750 * xxt + 2.0315 * xxt @ xxt
+    for _ in range(4):
+        xxt = p @ xxt @ p
         p = 3.4445 * eye - 4.7750 * xxt + 2.0315 * xxt @ xxt
-        q, xxt = p @ q, p @ xxt @ p
+        q = p @ q
     return (q @ x).T if g.shape[0] > g.shape[1] else q @ x
 
 

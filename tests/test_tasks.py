@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from adversary import SHORT
-from folders import FOLDERS, load_file, make_args, make_run
+from folders import FOLDERS, load_file, make_args, make_run, make_task
 
 SEA = "\u6d77"  # a letter that no training part has
 
@@ -76,6 +76,17 @@ def test_held_out_stays_out(name, argv, source, monkeypatch, tmp_path, quick_jud
         figures = {key: float(x) for key, x in task.evaluate(trainer).items()}
         seen.append((json.dumps([task.config, task.extra], default=str), batches, figures))
     assert seen[0][:2] == seen[1][:2] and seen[0][2] != seen[1][2]
+
+
+@pytest.mark.parametrize("name", ["rnn", "gpt", "llama"])
+def test_halves(name, tmp_path):
+    """Of the held-out tenth of a text the first half is for validation, also in log lines; the second is the test."""
+    (tmp_path / "own.txt").write_text("ab" * 45_000 + "a" * 5000 + "b" * 5000)
+    trainer = mock.Mock(evaluate=lambda x, y: {"val_loss": float(y.mean())}, config=mock.Mock(vocab_size=2))
+    task = make_task(name, "--data", str(tmp_path / "own.txt"))
+    assert task.evaluate(trainer) == {"val_loss": 0}
+    figures = task.evaluate(trainer, whole=True)
+    assert (figures["val_loss"], figures["test_loss"]) == (0, pytest.approx(1, abs=0.01))
 
 
 TURNED = {  # flags, with --seed 1, that no other test changes; those before the |, if any, are in both runs

@@ -437,10 +437,11 @@ def orthogonalize(g):
     x = g.T if g.shape[0] > g.shape[1] else g  # wide, so that x x^T is the smaller of the two squares
     x = x / (x.norm() + 1e-7)
     xxt, eye = x @ x.T, torch.eye(x.shape[0], device=x.device)
-    q = eye
-    for _ in range(5):
+    q = p = 3.4445 * eye - 4.7750 * xxt + 2.0315 * xxt @ xxt
+    for _ in range(4):
+        xxt = p @ xxt @ p
         p = 3.4445 * eye - 4.7750 * xxt + 2.0315 * xxt @ xxt
-        q, xxt = p @ q, p @ xxt @ p
+        q = p @ q
     return (q @ x).T if g.shape[0] > g.shape[1] else q @ x
 
 
