@@ -28,10 +28,8 @@ MODEL = "cnn"
 LENET = dict(model="lenet", channels=[16, 32, 128], lr=0.006, label_smoothing=0.0)
 RESNET = dict(model="resnet", channels=[16, 48, 96, 192], lr=0.02, label_smoothing=0.1)
 MODELS = {"lenet": LENET, "resnet": RESNET}
-SETS = {  # flag defaults for each --data
-    "digits": dict(LENET, steps=250, shift=2), "mnist": dict(LENET, steps=2000, shift=1),
-    "fashion": dict(LENET, steps=1400, shift=2, flip=True), "cifar10": dict(RESNET, steps=800, shift=0, flip=True),
-}  # fmt: skip
+SETS = {"digits": dict(LENET, steps=250, shift=2), "cifar10": dict(RESNET, steps=800, shift=0, flip=True),
+        "mnist": dict(LENET, steps=2000, shift=1), "fashion": dict(LENET, steps=1400, shift=2, flip=True)}  # fmt: skip
 FOLDER, STYLE = dict(RESNET, steps=500, shift=3, size=32), dict(steps=150, lr=0.05, warmup=0.0, size=256)
 
 
@@ -48,6 +46,7 @@ def read_args():
     fixed = [
         add("--task", choices=TASKS, default="classify", help="classify images, or paint one"),
         add("--data", default="digits", help="mnist, fashion, cifar10, or a folder with a sub-folder for each class"),
+        add("--validate", action="store_true", help="hold out a tenth of the training images, not the test set"),
         add("--size", type=within("[16, 4096]", int), help="of a folder's images; style: the longer side"),
         add("--model", choices=MODELS, help="the network"),
         add("--channels", type=within("[1, 65536]", int), nargs="+", help="lenet: 3 layers; resnet: stem, blocks"),

@@ -108,8 +108,7 @@ def test_compiled(name, i, unfused, tmp_path):
             assert late.load(tmp_path / "ckpt.npz") == n
         running = (plain, trainer) if n < 4 else (plain, trainer, late)
         figures = [[*map(float, x.step(*arrays, lr=0.02 / (n + 1)).values())] for x in running]
-        assert figures[0] == pytest.approx(figures[1], rel=1e-4, abs=1e-5)
-        assert figures[-1] == figures[1]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-4, abs=1e-5) and figures[-1] == figures[1]
     assert len(traces) == (4 if name == "diffusion" and trainer.config.first else 2)  # one for each phase
     for x, file in ((plain, "plain.npz"), (late, "late.npz")):
         x.save(tmp_path / file, len(steps))

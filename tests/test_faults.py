@@ -71,7 +71,7 @@ OWN = {  # by one folder; FILES are written beforehand
 
 CONTRADICTIONS = {  # of a run's own checkpoint, with --resume
     "mlp": ["--task binary", "--hidden 32", "--activation tanh", "--optimizer sgd", "--data other.csv"],
-    "cnn": ["--task style", "--model resnet", "--channels 4 4 16", "--size 20"],
+    "cnn": ["--task style", "--validate", "--model resnet", "--channels 4 4 16", "--size 20"],
     "gpt": ["--n-layer 3", "--n-embd 64", "--n-head 2", "--tokenizer bpe", "--task chat", "--data other.txt"],
     "transformer": ["--task clip", "--width 32", "--n-layer 2", "--norm post", "--positions learned", "--patch 7"],
     "rnn": ["--task series", "--cell gru", "--n-hidden 32", "--n-embd 9", "--n-layer 2", "--data other.txt"],

@@ -118,18 +118,15 @@ def test_formulas():
     assert data.theory(data.P, np.full(100, 0.5)) == pytest.approx({"value": least, "bound": least, "off": 0}, abs=1e-9)
     apart = np.float64(data.P < 3e-4)
     assert data.theory(apart / apart.sum(), np.full(100, 0.5))["bound"] == pytest.approx(0, abs=0.02)
-    q = rng.random(100) * (data.GRID > -0.2)
-    q = q / q.sum()
-    best = data.P / (data.P + q)
-    figures = data.theory(q, best)
+    q = (q := rng.random(100) * (data.GRID > -0.2)) / q.sum()
+    figures = data.theory(q, best := data.P / (data.P + q))
     assert figures["value"] == pytest.approx(figures["bound"], abs=1e-6) and figures["off"] < 1e-9
     for _ in range(20):
         other = data.theory(q, (best + rng.normal(0, 0.1, 100)).clip(0.001, 0.999))
         assert other["value"] < figures["value"] and other["off"] > 0.01
     entropies = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in (data.P, q, (data.P + q) / 2)]
     assert figures["bound"] == pytest.approx(2 * entropies[2] - entropies[0] - entropies[1] + least)
-    x = data.draw_p(rng, (400, 500))
-    share = np.histogram(x, 100, (-1, 1))[0] / x.size
+    share = np.histogram(x := data.draw_p(rng, (400, 500)), 100, (-1, 1))[0] / x.size
     assert x.dtype == np.float32 and np.abs(share - data.P).max() < 6 * math.sqrt(data.P.max() / x.size)
     std, turn = np.array([[1, 2, 0.5], [2, 1, 0.5]]), np.linalg.qr(rng.standard_normal((3, 3)))[0]
     a, b = rng.standard_normal((2, 200_000, 3)) * std[:, None] + np.array([[0, 0, 0], [1, 0, 2]])[:, None]
@@ -142,15 +139,13 @@ def test_best_discriminator():
     net, rng = load("gan", "mlx"), np.random.default_rng(0)
     config = net.Config(image=[1, 1, 1], latent=4, hidden=[32, 32], model="gan", ema=0.0)
     trainer = net.Trainer(config, seed=0, device="cpu")
-    q, d = data.look_at_game(trainer, 0)
-    first = data.theory(q, d)
+    first = data.theory(*data.look_at_game(trainer, 0))
     for step in range(150):
         x, z = data.draw_p(rng, (256, 1, 1, 1)), rng.standard_normal((256, 4), np.float32)
         loss = partial(net.discriminator_loss, trainer.model, mx.array(x), mx.array(trainer.generate(z)), None, None)
         trainer.update("discriminator", loss, 5e-3)
-    figures = data.theory(q, data.look_at_game(trainer, 0)[1])
-    assert first["off"] > 0.1 and first["value"] < first["bound"] - 0.1
-    assert figures["bound"] == first["bound"] > -1.3
+    figures = data.theory(*data.look_at_game(trainer, 0))
+    assert first["off"] > 0.1 and first["value"] < first["bound"] - 0.1 and figures["bound"] == first["bound"] > -1.3
     assert figures["off"] < 0.05 and figures["bound"] - 0.05 < figures["value"] < figures["bound"]
 
 

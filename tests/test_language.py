@@ -116,8 +116,7 @@ def test_start(name, i, backend):
 @BOTH
 def test_cache(name, backend):
     """Prefill, single tokens and chunks with the cache give the logits of the whole text computed at once."""
-    net, trainer = randomised(name, backend)
-    idx = np.random.default_rng(0).integers(0, 29, (3, 24))
+    (net, trainer), idx = randomised(name, backend), np.random.default_rng(0).integers(0, 29, (3, 24))
     whole = logits(backend, trainer.model, idx)
     for chunks in [24], [1] * 24, [5, 1, 2, 6, 10], [23, 1]:
         cache, at = net.KVCache(trainer.model, 3, *([24] if name == "llama" else [])), 0

@@ -118,8 +118,7 @@ def test_lengths(tmp_path):
     (folder / "own.txt").write_text("".join(f"{i % 7} and {i * i % 10}, " for i in range(2000)))
     args = "--data own.txt --block-size 16 --n-layer 1 --n-embd 32 --batch-size 16 --tokens 99 --prompt 12".split()
     train = partial(result, folder, "torch", *args, "--lengths", "16", "64", run=run_here)
-    plain = train("--steps", 150)
-    window = train("--resume", "--steps", 0, "--window", 12, "--sinks", 0)
+    plain, window = train("--steps", 150), train("--resume", "--steps", 0, "--window", 12, "--sinks", 0)
     linear = train("--resume", "--steps", 0, "--rope", "linear", "--factor", 4)
     assert plain["perplexity_16"] == pytest.approx(plain["perplexity"], rel=1e-6)
     assert plain["perplexity_64"] > 1.1 * plain["perplexity_16"] > window["perplexity_64"]

@@ -120,8 +120,7 @@ def test_prices(tmp_path):
 
 def test_a_small_table(tmp_path):
     """150 rows of three kinds, sorted by the kind and without a header, are learned by the defaults, as iris is."""
-    folder, rng = copy_alone("mlp", tmp_path / "mlp"), np.random.default_rng(0)
-    y = np.arange(150) // 50
+    folder, rng, y = copy_alone("mlp", tmp_path / "mlp"), np.random.default_rng(0), np.arange(150) // 50
     x = rng.normal(size=(150, 4)) * 0.4 + np.array([[5, 3.4, 1.5, 0.2], [5.9, 2.8, 4.3, 1.3], [6.6, 3, 5.6, 2]])[y]
     np.savetxt(folder / "iris.csv", np.column_stack([x, y]), "%.12g", ",")
     np.savetxt(folder / "rows.csv", x, "%.12g", ",", header="a,b,c,d", comments="")

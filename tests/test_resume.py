@@ -131,8 +131,7 @@ def test_processes(name, backend, n, tmp_path):
     several[-1].send_signal(signal.SIGINT)
     said = [process.communicate(timeout=300) for process in several]
     assert [process.returncode for process in several] == [130] * n and not any(err for _, err in said), said
-    saved = arrays_of(ckpt)
-    step = json.loads(str(saved["meta"]))["step"]
+    step = json.loads(str((saved := arrays_of(ckpt))["meta"]))["step"]
     assert f"continues from step {step}" in said[0][0] and not any(out for out, _ in said[1:]) and begun < step < 200
     losses += train(begun, step)
     for row in map(json.loads, (ckpt.parent / "log.jsonl").read_text().splitlines()):

@@ -22,8 +22,7 @@ def changed(found):
     if isinstance(found, list):
         return found[:cut] + [[("user", SEA), ("assistant", SEA)]] * (len(found) - cut)
     if len(found) == 2:
-        names, table = found
-        cut = len(table) * 4 // 5
+        names, table, cut = *found, len(found[1]) * 4 // 5
         return names, np.concatenate([table[:cut], table[cut:] * 3 + 100])
     sounds, labels, speakers = found
     return [s[::-1] ** 2 if who == max(speakers) else s for s, who in zip(sounds, speakers)], labels, speakers
@@ -129,8 +128,7 @@ RATES = {  # the rate over the highest: at step 0, in the middle and at the last
 @pytest.mark.parametrize("name", FOLDERS)
 def test_rate(name, tmp_path):
     """The learning rate passed to Trainer.step rises and falls as in the recipe, with a peak of --lr."""
-    seen = []
-    trainer = mock.Mock(step=lambda lr: seen.append(lr) or {"loss": 0.0})
+    seen, trainer = [], mock.Mock(step=lambda lr: seen.append(lr) or {"loss": 0.0})
     task = mock.Mock(batch=lambda step: (), evaluate=lambda trainer: {"val_loss": 0.0})
     args = make_args(name, "--lr", 0.25, "--steps", 1000, "--out", tmp_path)
     load_file(name, "train").fit(trainer, task, args, 0, {})
