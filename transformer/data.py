@@ -576,7 +576,7 @@ class Numbers:
         pairs = []
         while len(pairs) < n:
             i = int(rng.integers(0, 10 ** rng.integers(1, 10)))
-            if held_out == (i >= 1000 and i * 2654435761 % 2**32 % 10 == 0):
+            if held_out == (i >= 1000 and (i * 2654435761 % 2**32 >> 16) % 10 == 0):
                 pairs.append((to_english(i), to_chinese(i)))
         return pairs
 
