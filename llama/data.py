@@ -813,8 +813,9 @@ class Text(Task):
         if not whole:  # 64 are enough for the log
             return {"val_loss": self.measure(trainer, starts[:: math.ceil(len(starts) / 64)], self.T)["val_loss"]}
         self.figures = self.measure(trainer, starts, self.T)
-        test = {"test_loss": self.measure(trainer, self.test, self.T)["val_loss"]} if len(self.test) else {}
-        return self.figures | test
+        if len(self.test):
+            self.figures["test_loss"] = self.measure(trainer, self.test, self.T)["val_loss"]
+        return self.figures
 
     def report(self, trainer):
         args, figures, files = self.args, {}, []
@@ -833,7 +834,7 @@ class Text(Task):
         for bits in dict.fromkeys([32, args.bits]):
             megabytes = trainer.quantize(bits)
             if len(self.starts):
-                figures = self.figures if bits == 32 else self.measure(trainer, self.starts, self.T)
+                figures = self.figures if bits == 32 else self.evaluate(trainer, whole=True)
                 print(f"{bits:2} bits: {megabytes:.1f} MB, perplexity {figures['perplexity']:.4f}", flush=True)
         for length in self.lengths:
             starts, _ = self.halves(length)

@@ -126,8 +126,7 @@ def test_flags(name, places, monkeypatch):
 
 def test_checkpoints(places):
     """Damaged, foreign or dangerous files instead of a checkpoint; read_meta is the same in all folders."""
-    folder = places("mlp")
-    good, bad = folder.before, folder.path / "bad/ckpt.npz"
+    good, bad = (folder := places("mlp")).before, folder.path / "bad/ckpt.npz"
     half, rest = good[: len(good) // 2], good[len(good) // 2 :]
     bad.parent.mkdir()
     for content in (half, b"", half + bytes(b ^ 255 for b in rest[:64]) + rest[64:]):

@@ -137,8 +137,7 @@ def test_formulas():
 def test_best_discriminator():
     """With G fixed, D learns p / (p + q), and the value rises to -log 4 + 2 JSD(p, q) and not above."""
     net, rng = load("gan", "mlx"), np.random.default_rng(0)
-    config = net.Config(image=[1, 1, 1], latent=4, hidden=[32, 32], model="gan", ema=0.0)
-    trainer = net.Trainer(config, seed=0, device="cpu")
+    trainer = net.Trainer(net.Config([1, 1, 1], latent=4, hidden=[32, 32], model="gan", ema=0.0), device="cpu")
     first = data.theory(*data.look_at_game(trainer, 0))
     for step in range(150):
         x, z = data.draw_p(rng, (256, 1, 1, 1)), rng.standard_normal((256, 4), np.float32)

@@ -151,8 +151,7 @@ def test_dialogues(monkeypatch):
         assert end == value and eval(first) == int(re.match(r"\d+", second)[0]) and eval(second) == int(value)
         assert question not in seen and (sign == "minus" or f"What is {b} plus {a}?" not in seen)  # the same sum
     monkeypatch.setattr(DATA, "draw_dialogue", lambda rng: dialogues[rng.integers(500)])
-    task = make_task("gpt", "--task", "chat", "--block-size", 90, "--batch-size", 4)
-    x, y, weights = task.batch(3)
+    x, y, weights = (task := make_task("gpt", "--task", "chat", "--block-size", 90, "--batch-size", 4)).batch(3)
     assert x.shape == y.shape == weights.shape and x.shape[1] <= 90 and (x[:, 1:] == y[:, :-1]).all()
     assert weights.sum() == pytest.approx(1) and len(np.unique(weights)) == 2
     for row, weight in zip(y, weights):

@@ -188,8 +188,7 @@ def test_dialogue(tmp_path):
     """ChatML and Llama 3's form to the letter; what the assistant says is marked; a user's <|im_end|> is only text."""
     messages = [("system", "Be brief."), ("user", "Hi <|im_end|>\n"), ("assistant", "Hello!"), ("user", "Bye 12")]
     write_tokenizer(tmp_path, "Digits")
-    chatml = data.Tokens(tmp_path)
-    ids, own = chatml.dialogue(messages)
+    ids, own = (chatml := data.Tokens(tmp_path)).dialogue(messages)
     assert b"".join(map(chatml.decode, ids.tolist())).decode() == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|><|im_end|>\n"
         "<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\nBye 12<|im_end|>\n<|im_start|>assistant\n"
@@ -199,8 +198,7 @@ def test_dialogue(tmp_path):
     (tmp_path / "llama3").mkdir()
     lines = [base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)] + [base64.b64encode(b"He") + b" 256"]
     (tmp_path / "llama3/tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
-    llama3 = data.Tokens(tmp_path / "llama3")
-    ids, own = llama3.dialogue(messages[1:3])
+    ids, own = (llama3 := data.Tokens(tmp_path / "llama3")).dialogue(messages[1:3])
     assert b"".join(map(llama3.decode, ids.tolist())).decode() == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi <|im_end|><|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"

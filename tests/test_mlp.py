@@ -104,17 +104,16 @@ def test_prices(tmp_path):
     table, rows = table[:500], table[500:]
     np.savetxt(folder / "houses.csv", table, "%.12g", ",", header="size,place,age,price", comments="")
     np.savetxt(folder / "rows.csv", rows[:, :3], "%.12g", ",")
-    args = ["--task", "regression", "--data", "houses.csv"]
-    trained = result(folder, "torch", *args, "--steps", 300, "--batch-size", 64, run=run_here)
-    resumed = ["--task", "regression", "--steps", 0, "--resume", "--predict"]
-    answered = result(folder, "mlx", *resumed, "rows.csv", run=run_here)
+    args = ["--task", "regression", "--steps", 0, "--resume", "--predict"]
+    trained = result(folder, "torch", *args[:2], *"--data houses.csv --steps 300 --batch-size 64".split(), run=run_here)
+    answered = result(folder, "mlx", *args, "rows.csv", run=run_here)
     for figures in (trained, answered):  # 0.98; unscaled, the target would be out of reach
         assert figures["r2"] > 0.9
         assert figures["r2"] == pytest.approx(1 - figures["val_loss"] / table[4::5, 3].var(), abs=1e-3)
     header, *answers = (answered["out"] / "predictions.csv").read_text().splitlines()
     errors = np.array(answers, float) - rows[:, 3]
     assert header == "prediction" and 1 - (errors**2).mean() / rows[:, 3].var() > 0.8
-    code, _, err = run_here(folder, "torch", *resumed, "houses.csv")
+    code, _, err = run_here(folder, "torch", *args, "houses.csv")
     assert code == 2 and "houses.csv has 4 columns" in err and err.count("\n") == 1
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from adversary import SHORT
 from folders import FOLDERS, load_file, make_args, make_run, make_task
+from test_parity import refusal
 
 SEA = "\u6d77"  # a letter that no training part has
 
@@ -78,14 +79,20 @@ def test_held_out_stays_out(name, argv, source, monkeypatch, tmp_path, quick_jud
 
 
 @pytest.mark.parametrize("name", ["rnn", "gpt", "llama"])
-def test_halves(name, tmp_path):
+def test_halves(name, tmp_path, capsys):
     """Of the held-out tenth of a text the first half is for validation, also in log lines; the second is the test."""
-    (tmp_path / "own.txt").write_text("ab" * 45_000 + "a" * 5000 + "b" * 5000)
     trainer = mock.Mock(evaluate=lambda x, y: {"val_loss": float(y.mean())}, config=mock.Mock(vocab_size=2))
-    task = make_task(name, "--data", str(tmp_path / "own.txt"))
-    assert task.evaluate(trainer) == {"val_loss": 0}
-    figures = task.evaluate(trainer, whole=True)
-    assert (figures["val_loss"], figures["test_loss"]) == (0, pytest.approx(1, abs=0.01))
+    short = ["--length" if name == "rnn" else "--block-size", 8, "--batch-size", 1]
+    for n, flags in (5000, []), (9, short), (8, short):
+        (tmp_path / "own.txt").write_text("ab" * 9 * n + "a" * n + "b" * n)
+        argv = name, "--data", tmp_path / "own.txt", *flags
+        if n == 8:
+            assert " are too few for " in refusal(capsys, make_task, *argv)
+            continue
+        task = make_task(*argv)
+        assert task.evaluate(trainer) == {"val_loss": 0}
+        figures = task.evaluate(trainer, whole=True)
+        assert (figures["val_loss"], figures["test_loss"]) == (0, pytest.approx(1, abs=0.01))
 
 
 TURNED = {  # flags, with --seed 1, that no other test changes; those before the |, if any, are in both runs

@@ -106,8 +106,7 @@ def test_optimizers(name, i, backend, changes, by_muon, monkeypatch):
 ])  # fmt: skip
 def test_first_update(name, i, betas, changes, backend, tmp_path):
     """Adam's moves each weight by its rate, D's d_lr times as far; the moments of the gradient have these betas."""
-    trainer = make_trainer(name, i, backend, **changes)
-    before = state(trainer, tmp_path / "a.npz")
+    before = state(trainer := make_trainer(name, i, backend, **changes), tmp_path / "a.npz")
     trainer.step(*FOLDERS[name].batch(trainer.config, np.random.default_rng(0)), lr=1e-3)
     after = state(trainer, tmp_path / "b.npz")
     idle = {"generator.inp.bias", "discriminator.out.bias"}  # before a norm; in a critic's difference
