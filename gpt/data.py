@@ -872,8 +872,8 @@ class Text(Writing):
 
     def evaluate(self, trainer, whole=False):
         T = self.args.block_size
-        starts, most = np.arange(0, len(self.val) - T, T), MEASURED // T if whole else 128
-        val, test = np.array_split(starts[:: math.ceil(len(starts) / max(128, most))], 2)  # 64 are enough for the log
+        starts, most = np.arange(0, len(self.val) - T, T), max(64, MEASURED // T) if whole else 128
+        val, test = np.array_split(starts[:: math.ceil(len(starts) / most)], 2)  # 64 of each are enough for the log
         figures = {"val_loss": self.measure(trainer, val)}
         return figures | {"test_loss": self.measure(trainer, test)} if whole else figures
 

@@ -799,7 +799,7 @@ class Text(Task):
     def measure(self, trainer, starts, T):
         """{"val_loss", "perplexity"} of the windows of T tokens that begin at `starts`."""
         total, n, rows = 0.0, 0, max(1, min(32, 2**26 // T // trainer.config.vocab_size))  # to save memory
-        starts = starts[:: math.ceil(len(starts) / max(64, MEASURED // T // 2))]
+        starts = starts[:: math.ceil(len(starts) / max(32, MEASURED // T // 2))]
         for at in np.array_split(starts, math.ceil(len(starts) / rows)):
             x, y = self.held_out(at, T)
             total += float(trainer.evaluate(x, y)["val_loss"]) * (y >= 0).sum()

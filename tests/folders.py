@@ -133,7 +133,7 @@ FOLDERS = {
         dict(block_size=16, vocab_size=31, n_layer=2, n_head=3, n_embd=24, optimizer="muon"),
         dict(block_size=16, vocab_size=31, n_layer=1, n_head=1, n_embd=24, optimizer="adamw", bias=False),
     ], **LANGUAGE, curve=[100, 20, 100],  # Muon amplifies small differences
-        smoke=["--steps", "40", "--block-size", "32", "--n-layer", "2", "--n-embd", "64", "--tokens", "100"],
+        smoke=["--steps", "50", "--block-size", "32", "--n-layer", "2", "--n-embd", "64", "--tokens", "100"],
         learned=("val_loss", "<", 2.9)),
     "autoencoder": Folder(configs=[
         dict(image=[8, 6, 1], latent=5, hidden=[48, 24]),
