@@ -28,6 +28,7 @@ MODEL = "cnn"
 LENET = dict(model="lenet", channels=[16, 32, 128], lr=0.006, label_smoothing=0.0)
 RESNET = dict(model="resnet", channels=[16, 48, 96, 192], lr=0.02, label_smoothing=0.1)
 MODELS = {"lenet": LENET, "resnet": RESNET}
+# the values of flags that are not given, for each --data
 SETS = {"digits": dict(LENET, steps=250, shift=2), "cifar10": dict(RESNET, steps=800, shift=0, flip=True),
         "mnist": dict(LENET, steps=2000, shift=1), "fashion": dict(LENET, steps=1400, shift=2, flip=True)}  # fmt: skip
 FOLDER, STYLE = dict(RESNET, steps=500, shift=3, size=32), dict(steps=150, lr=0.05, warmup=0.0, size=256)
