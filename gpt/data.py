@@ -835,8 +835,8 @@ class Text(Writing):
             self.train, self.val = self.tokenizer.encode(head), self.tokenizer.encode(self.readable(val))
             self.extra["digest"] = digest(self.train)
         T, n = args.block_size, (len(self.train), len(self.val))
-        if min(n) <= 2 * T:
-            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or provide {20 * T + 20}")
+        if min(n) <= T:
+            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or provide {10 * T + 10}")
         prompt = ("The " if "The " in head else head[0]) if args.prompt is None else args.prompt
         self.prompts = [(prompt, self.check(self.tokenizer.encode(prompt)))]
         self.tokens, measured = args.batch_size * T, f", {MEASURED:,} of them measured" * (n[1] > MEASURED)
@@ -875,7 +875,7 @@ class Text(Writing):
         starts, most = np.arange(0, len(self.val) - T, T), max(64, MEASURED // T) if whole else 128
         val, test = np.array_split(starts[:: math.ceil(len(starts) / most)], 2)  # 64 of each are enough for the log
         figures = {"val_loss": self.measure(trainer, val)}
-        return figures | {"test_loss": self.measure(trainer, test)} if whole else figures
+        return figures | {"test_loss": self.measure(trainer, test)} if whole and len(test) else figures
 
 
 class Chat(Writing):

@@ -739,8 +739,8 @@ class Text(Task):
                 n = len(text) * 9 // 10
                 self.train, self.val = encode(text[:n]), encode(self.readable(text[n:]))
         n = len(self.train), len(self.val)
-        if n[1] <= 2 * T:
-            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or provide {20 * T + 20}")
+        if n[1] <= T:
+            fail(f"{sum(n)} tokens are too few for a context of {T}: lower --block-size or provide {10 * T + 10}")
         self.starts, self.test = self.halves(T)
         self.extra = self.extra | {"digest": digest(self.train.excerpt() if path else self.train)}
         measured = f", {MEASURED:,} of them measured" * (n[1] > MEASURED)
